@@ -1,0 +1,61 @@
+"""verify: no adversarial example counts before it has been checked again, in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robench.attacks.base import Classifier, frozen
+from robench.attacks.threat import ThreatModel
+
+# What float32 rounding may add to a distance, as a share of eps (ECOSYSTEM check `in-ball`),
+# and to one pixel near 1.
+RELATIVE, ABSOLUTE = 1e-5, 1.2e-7
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 means float32: no TF32 in convolutions and matrix products, no autocast."""
+    conv, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = conv
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of N claimed adversarial examples.
+
+    Attributes:
+        fooled: (N,) bool: inside the threat model and misclassified.
+        distance: (N,) float64 norm of the perturbation.
+        outside: (N,) bool: not finite, or outside the ball or the box; never counted as fooled.
+    """
+
+    fooled: Tensor
+    distance: Tensor
+    outside: Tensor
+
+
+@torch.no_grad()
+def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: ThreatModel) -> Verdict:
+    """Check examples x_adv (N, C, H, W) of images x with labels y (N,) in eval mode and fp32."""
+    distance = threat.distance(x_adv, x)
+    pixels = x_adv.flatten(1)
+    outside = (
+        ~torch.isfinite(pixels).all(1)
+        | (distance > threat.eps * (1 + RELATIVE) + ABSOLUTE)
+        | (pixels < threat.low).any(1)
+        | (pixels > threat.high).any(1)
+    )
+    with frozen(model), full_precision():
+        wrong = model(x_adv.float()).argmax(1) != y
+    return Verdict(wrong & ~outside, distance, outside)

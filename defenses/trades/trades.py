@@ -1,0 +1,39 @@
+"""TRADES: theoretically principled trade-off between robustness and accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from robench.attacks.objectives import kl
+from robench.defenses.base import DEFENSES, Adversarial, Losses, Nets, clean_logits
+
+
+@DEFENSES.register(
+    "trades",
+    description="clean cross-entropy plus beta times KL(clean || adversarial)",
+    paper="Zhang et al. 2019, arXiv 1901.08573",
+)
+@dataclass(frozen=True, kw_only=True)
+class TRADES(Adversarial):
+    """min CE(s(x), y) + beta KL(s(x) || s(x_adv)), x_adv maximizing KL(s(x) || s(x')).
+
+    The clean side of the KL carries gradient. Reduction: batchmean. Batch-norm updates: clean,
+    adv, clean, since the released code forwards the clean batch twice.
+    """
+
+    beta: float = 6.0
+
+    def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
+        student = nets["student"]
+        clean = clean_logits(student, x)
+        return self.attack(student, x, lambda z: kl(clean, student(z)))
+
+    def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
+        student = nets["student"]
+        natural = F.cross_entropy(student(x), y)
+        adv = student(x_adv)
+        robust = kl(student(x), adv).mean()
+        return Losses(natural + self.beta * robust, {"ce": natural, "kl": robust})

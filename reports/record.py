@@ -1,0 +1,117 @@
+"""Record: one measured number with everything needed to trust it. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """One row per (network, attack, threat model), one line of results.jsonl.
+
+    Counts, not percentages: accuracies and intervals are derived in `reports.tables`. The
+    per-image survival flags lie beside it, at `flags`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run: str  # key of the cell that trained the network; "" for a network from outside
+    created: str  # UTC, ISO 8601
+    seed: int
+    # where
+    robench: str
+    torch: str
+    device: str
+    commit: str  # of the robench checkout; "" if unknown, "+dirty" appended if changed
+    # on what
+    dataset: str
+    split: str
+    n: int
+    data_sha256: str  # of exactly the images and labels evaluated
+    classes: int
+    # the network
+    model: str
+    source: str  # "trained", or where the weights came from
+    parameters: int
+    weights_sha256: str
+    # how it was trained
+    defense: str
+    defense_config: dict[str, Any]
+    recipe: str
+    epochs: int
+    train_seconds: float
+    teacher_seconds: float  # training time of the teachers it needed; 0 without
+    selection: str  # "val", "test" or "none"
+    checkpoint: str  # "best", "last", "swa", "swa-last", "peer", "peer-last"
+    epoch: int  # 0-based epoch of the weights; -1 if unknown
+    ranked: bool  # a row of the leaderboard: the checkpoint its recipe names
+    baseline: bool  # asked for as --baseline
+    role: Literal["table", "curve"]  # "curve": a point of the accuracy-over-eps figure only
+    teacher_sha256: dict[str, str]
+    # how it was attacked
+    attack: str
+    attack_config: dict[str, Any]
+    threat: str  # "Linf:8/255", the key to group by
+    n_correct: int  # clean
+    n_robust: int  # correct on the clean image and not fooled
+    seconds: float
+    precision: str
+    threads: int
+    batch_size: int
+    peak_bytes: int  # of the process (CPU) or the device (CUDA)
+    max_distance: float  # of the counted examples
+    violations: int  # claimed examples outside the threat model; never counted as fooled
+    warnings: tuple[str, ...]
+    status: Literal["ok", "failed"]
+    error: str | None = None
+    flags: str = ""  # path of the .npz with the survival flags, relative to results.jsonl
+
+
+class Transfer(BaseModel):
+    """One row of the Rob_f analysis: network f on examples crafted against f and the student."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run: str
+    seed: int
+    dataset: str
+    model: str
+    defense: str
+    recipe: str
+    checkpoint: str  # of the student
+    network: str  # f: "student", "peer" or a teacher's name
+    attack: str
+    attack_config: dict[str, Any]
+    threat: str
+    n: int
+    data_sha256: str
+    clean: int  # f right on the clean image
+    self_crafted: int  # f right on x_f*: examples crafted against f itself
+    student_crafted: int  # f right on x_S*: examples crafted against the student
+    student_robust: int  # the student right on x_S*
+
+
+class Epoch(BaseModel):
+    """One epoch of a training run, one line of training.jsonl."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run: str
+    seed: int
+    dataset: str
+    model: str
+    defense: str
+    recipe: str
+    epoch: int  # 0-based
+    lr: float  # at the end of the epoch
+    seconds: float  # of training, without the validation
+    losses: dict[str, float]  # mean of every loss part, "total" among them
+    selection: str  # the split behind the four accuracies: "val" or "test"
+    clean: float | None  # the student's accuracy in [0, 1]; None where it was not measured
+    robust: float | None  # under the selection attack
+    swa_clean: float | None
+    swa_robust: float | None

@@ -1,0 +1,3 @@
+from robench.benchmark.cli import main
+
+main()

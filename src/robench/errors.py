@@ -1,0 +1,13 @@
+"""The two ways in which robench fails on purpose. Both print as one line and set the exit code."""
+
+
+class RobenchError(Exception):
+    """Something went wrong while working (exit code 1). The message says what to do."""
+
+    exit_code = 1
+
+
+class UsageError(RobenchError, ValueError):
+    """The request itself is wrong (exit code 2): nothing was started, nothing written."""
+
+    exit_code = 2
