@@ -73,6 +73,6 @@ class Ascent:
             (grad,) = torch.autograd.grad(value, x_adv)
             with torch.no_grad():
                 # A NaN gradient would poison the image for good; without a direction it waits.
-                direction = self.threat.ascent(grad.nan_to_num_(nan=0.0))
+                direction = self.threat.ascent(grad.nan_to_num(nan=0.0))
                 x_adv = self.threat.project(x_adv + self.step_size * direction, x)
         return x_adv.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -82,6 +82,12 @@ class ThreatModel:
     def __str__(self) -> str:
         return f"{self.norm}:{format_eps(self.eps)}"
 
+    def scaled(self, factor: float) -> ThreatModel:
+        """The same norm with eps times factor, without the noise of the multiplication."""
+        eps = self.eps * factor
+        short = float(f"{eps:.6g}")
+        return replace(self, eps=short if math.isclose(short, eps, rel_tol=1e-12) else eps)
+
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """(N,) norms of x_adv - x, in float64 so that a sum over many pixels is exact enough."""
         flat = (x_adv.double() - x.double()).flatten(1)
@@ -100,7 +106,12 @@ class ThreatModel:
         room = torch.where(delta > 0, self.high - base, base - self.low).clamp_min(0)
         size = _shrink_l2 if self.norm == "L2" else _shrink_l1
         step = size(delta.abs(), room, self.eps) * delta.sign()
-        return (base + step).clamp(self.low, self.high).view_as(x)
+        moved = base + step
+        if self.norm == "L1":
+            # Thousands of pixels that are all rounded away from x would add up: round towards x.
+            too_far = (moved - base).abs() > step.abs()
+            moved = torch.where(too_far, torch.nextafter(moved, base), moved)
+        return moved.clamp(self.low, self.high).view_as(x)
 
     def ascent(self, grad: Tensor) -> Tensor:
         """A direction of unit norm that raises the loss fast. Zero where grad is zero.
@@ -113,8 +124,10 @@ class ThreatModel:
             return grad.sign()
         flat = grad.flatten(1)
         if self.norm == "L2":
-            norm = flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny)
-            unit: Tensor = flat / norm
+            # Largest entry to 1 first: the squares of a vanishing gradient would underflow.
+            tiny = torch.finfo(grad.dtype).tiny
+            flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
+            unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(tiny)
             return unit.view_as(grad)
         k = max(1, flat.shape[1] // 100)
         top = flat.abs().topk(k, dim=1).indices
@@ -156,7 +169,9 @@ def _shrink_l2(size: Tensor, room: Tensor, eps: float) -> Tensor:
     fixed = torch.cumsum(room2, 1) - room2
     free = size2.flip(1).cumsum(1).flip(1)
     norm2_at_break = fixed + free * breaks.clamp_max(1).square()
-    k = (norm2_at_break < eps * eps).sum(1, keepdim=True).clamp_max(size.shape[1] - 1)
+    k = (norm2_at_break < eps * eps).sum(1, keepdim=True)
+    # As s <= 1, a pixel with a break beyond 1 never rests; rounding must not say otherwise.
+    k = torch.minimum(k, (breaks < 1).sum(1, keepdim=True)).clamp_max(size.shape[1] - 1)
     left = (eps * eps - fixed.gather(1, k)).clamp_min(0)
     s = (left / free.gather(1, k).clamp_min(1e-30)).sqrt().clamp_max(1)
     outside = torch.minimum(s * size, room)

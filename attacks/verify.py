@@ -47,7 +47,10 @@ class Verdict:
 
 @torch.no_grad()
 def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: ThreatModel) -> Verdict:
-    """Check examples x_adv (N, C, H, W) of images x with labels y (N,) in eval mode and fp32."""
+    """Check examples x_adv (N, C, H, W) of images x with labels y (N,) in eval mode and fp32.
+
+    Examples in float64 stay what they are: rounded, they would be other images.
+    """
     distance = threat.distance(x_adv, x)
     pixels = x_adv.flatten(1)
     outside = (
@@ -57,5 +60,6 @@ def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threa
         | (pixels > threat.high).any(1)
     )
     with frozen(model), full_precision():
-        wrong = model(x_adv.float()).argmax(1) != y
+        images = x_adv if x_adv.dtype == torch.float64 else x_adv.float()
+        wrong = model(images).argmax(1) != y
     return Verdict(wrong & ~outside, distance, outside)

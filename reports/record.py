@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+# JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
+_CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
 
 class Record(BaseModel):
     """One row per (network, attack, threat model), one line of results.jsonl.
@@ -14,7 +17,7 @@ class Record(BaseModel):
     per-image survival flags lie beside it, at `flags`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
 
     schema_version: Literal[1] = 1
     run: str  # key of the cell that trained the network; "" for a network from outside
@@ -46,6 +49,7 @@ class Record(BaseModel):
     selection: str  # "val", "test" or "none"
     checkpoint: str  # "best", "last", "swa", "swa-last", "peer", "peer-last"
     epoch: int  # 0-based epoch of the weights; -1 if unknown
+    notes: tuple[str, ...] = ()  # what a reader of a table must know about the recipe
     ranked: bool  # a row of the leaderboard: the checkpoint its recipe names
     baseline: bool  # asked for as --baseline
     role: Literal["table", "curve"]  # "curve": a point of the accuracy-over-eps figure only
@@ -72,7 +76,7 @@ class Record(BaseModel):
 class Transfer(BaseModel):
     """One row of the Rob_f analysis: network f on examples crafted against f and the student."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
 
     schema_version: Literal[1] = 1
     run: str
@@ -97,7 +101,7 @@ class Transfer(BaseModel):
 class Epoch(BaseModel):
     """One epoch of a training run, one line of training.jsonl."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _CONFIG
 
     schema_version: Literal[1] = 1
     run: str

@@ -1,0 +1,239 @@
+"""Cells: the training runs of a matrix, each in a folder named by the hash of its spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.checkpoints import (
+    CellFolder,
+    Header,
+    load_checkpoint,
+    weights_sha256,
+)
+from robench.benchmark.data import Dataset, hold_out
+from robench.benchmark.progress import EpochWatcher, Reporter
+from robench.benchmark.recipe import ModelSpec, default_threat, settings_for, train_config
+from robench.benchmark.sources import Network
+from robench.benchmark.spec import CellSpec, RunSpec
+from robench.defenses.base import DEFENSES, Defense, make_defense
+from robench.defenses.trainer import EpochLog, fit
+from robench.errors import UsageError
+from robench.randomness import seeded
+from robench.registry import unknown
+
+SMOKE_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: what it is, where it lies, and whose teaching it needs."""
+
+    spec: CellSpec
+    defense: Defense
+    folder: Path
+    teachers: Mapping[str, Cell | Network]
+    header: Header
+    baseline: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.spec.defense} seed {self.spec.seed}"
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        return self.spec.train.ranked
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The checkpoints that are kept and measured, but are no rows of the leaderboard."""
+        partners = tuple(name for name in self.defense.trained if name != "student")
+        unranked = tuple(n for n in ("last", "swa-last") if n not in self.ranked)
+        averaged = self.spec.train.swa_start is not None
+        return tuple(n for n in unranked if averaged or n == "last") + partners
+
+    def keeper(self, device: torch.device) -> CellFolder:
+        return CellFolder(self.folder, self.header, device)
+
+    def result(self) -> Result | None:
+        """What the finished training left; None if it is not finished."""
+        path = self.folder / "done.json"
+        try:
+            content = json.loads(path.read_text())
+            return Result(content["seconds"], [EpochLog(**log) for log in content["history"]])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"{path} is damaged: delete {self.folder} to train again") from None
+
+    def network(self, checkpoint: str, device: torch.device) -> tuple[nn.Module, Header]:
+        net, header = load_checkpoint(self.folder / f"{checkpoint}.safetensors")
+        return net.to(device, memory_format=torch.channels_last), header
+
+    def teacher_seconds(self) -> float:
+        """Training time of all teachers, theirs included."""
+        total = 0.0
+        for teacher in self.teachers.values():
+            if isinstance(teacher, Cell):
+                result = teacher.result()
+                total += (result.seconds if result else 0.0) + teacher.teacher_seconds()
+        return total
+
+    def teacher_networks(self, device: torch.device) -> dict[str, nn.Module]:
+        return {
+            name: teacher.network(teacher.ranked[0], device)[0]
+            if isinstance(teacher, Cell)
+            else teacher.net.to(device)
+            for name, teacher in self.teachers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training."""
+
+    seconds: float
+    history: list[EpochLog] = field(default_factory=list)
+
+
+def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list[Cell], list[Cell]]:
+    """(cells to train in order, teachers first; those among them that are rows).
+
+    Raises UsageError for unknown names and for settings that the recipe does not have.
+    """
+    planner = _Planner(spec, dataset, teacher)
+    baselines = _expand(spec.baselines)
+    names = list(dict.fromkeys([*baselines, *_expand(spec.defenses)]))
+    if not names:
+        raise UsageError("name at least one --defense")
+    for name in spec.options:
+        if name not in DEFENSES:
+            raise unknown("defense", name, DEFENSES.names())
+    rows = [planner.cell(name, seed, baseline=name in baselines)
+            for name in names for seed in dict.fromkeys(spec.seeds)]
+    return list(planner.cells.values()), rows
+
+
+def _expand(names: tuple[str, ...]) -> list[str]:
+    return [n for name in names for n in (DEFENSES.names() if name == "all" else [name])]
+
+
+class _Planner:
+    def __init__(self, spec: RunSpec, dataset: Dataset, teacher: Network | None) -> None:
+        self.spec, self.dataset, self.teacher = spec, dataset, teacher
+        self.data_sha256 = dataset.train.sha256()
+        self.cells: dict[str, Cell] = {}
+
+    def cell(self, name: str, seed: int, *, baseline: bool = False) -> Cell:
+        """The cell of a defense, after those of its teachers; the same one for the same spec."""
+        spec, dataset = self.spec, self.dataset
+        entry = DEFENSES[name].value
+        settings = settings_for(spec.recipe, name, dataset.name)
+        model = settings.model
+        if spec.model is not None:
+            model = ModelSpec(name=spec.model)
+        elif isinstance(model, str):
+            model = ModelSpec(name=model)
+        if model is None:
+            raise UsageError(f"recipe {spec.recipe!r} names no model for {name!r}: add --model")
+        # An as-released recipe trains at its own eps; the evaluation is at the run's.
+        fixed = settings.threat if spec.recipe != "unified" else None
+        threat = ThreatModel.parse(fixed or spec.threat or default_threat(dataset.name))
+        options = {**settings.options, **spec.options.get(name, {})}
+        teachers: dict[str, Cell | Network] = {
+            role: self.teacher or self.cell(taught_by, seed)
+            for role, taught_by in entry.given.items()
+        }
+        cell_spec = CellSpec(
+            dataset=dataset.name,
+            data_sha256=self.data_sha256,
+            model=model,
+            defense=name,
+            options=options,
+            threat=str(threat),
+            recipe=spec.recipe,
+            train=train_config(settings, self._overrides(len(dataset.train))),
+            train_limit=SMOKE_IMAGES * 2 if spec.smoke else spec.train_limit,
+            seed=seed,
+            teachers={role: teacher.spec.key() if isinstance(teacher, Cell)
+                      else weights_sha256(teacher.net) for role, teacher in teachers.items()},
+            notes=settings.notes,
+        )
+        key = cell_spec.key()
+        cell = Cell(
+            spec=cell_spec,
+            defense=make_defense(name, threat, **options),
+            folder=spec.out / "cells" / key,
+            teachers=teachers,
+            header=Header(
+                model=model,
+                classes=len(dataset.classes),
+                channels=dataset.channels,
+                size=dataset.size,
+                dataset=dataset.name,
+                defense=name,
+                recipe=spec.recipe,
+                seed=seed,
+                checkpoint="",
+                epoch=-1,
+            ),
+            baseline=baseline,
+        )
+        if key not in self.cells or baseline:
+            self.cells[key] = cell
+        return cell
+
+    def _overrides(self, n: int) -> dict[str, Any]:
+        overrides = dict(self.spec.train)
+        if self.spec.epochs is not None:
+            overrides["epochs"] = self.spec.epochs
+        if self.spec.smoke:
+            overrides |= {"epochs": 1, "batch_size": SMOKE_IMAGES, "validation": SMOKE_IMAGES}
+        return overrides
+
+
+def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter) -> Result:
+    """Train a cell, or go on with it, or take what is there. Raises RobenchError on NaN."""
+    finished = cell.result()
+    if finished is not None:
+        return finished
+    config, seed = cell.spec.train, cell.spec.seed
+    data, held_out = hold_out(dataset.train, config.validation)
+    data = data.take(min(cell.spec.train_limit or len(data), len(data))).to(device)
+    selection = {"val": held_out, "test": dataset.test, "last": None}[config.select]
+    if selection is not None and not len(selection):
+        raise UsageError("select: val needs validation images: set train.validation above 0")
+    keeper = cell.keeper(device)
+    keeper.write_json("spec.json", cell.spec.model_dump(mode="json"))
+    nets = dict(cell.teacher_networks(device))
+    for name in cell.defense.trained:
+        with seeded(seed, "init", name):
+            net = cell.header.build()
+        # Convolutions are up to twice as fast this way, on the CPU and on GPUs.
+        nets[name] = net.to(device, memory_format=torch.channels_last)
+    with reporter.task(f"train {cell.label}") as update:
+        history = fit(
+            cell.defense,
+            nets,
+            (data.x, data.y),
+            config,
+            threat=ThreatModel.parse(cell.spec.threat),
+            keeper=keeper,
+            selection=None if selection is None else (selection.x.to(device),
+                                                      selection.y.to(device)),
+            augment=dataset.augment,
+            seed=seed,
+            watcher=EpochWatcher(update, config.epochs),
+        )
+    result = Result(sum(log.seconds for log in history), history)
+    keeper.write_json("done.json", {"seconds": result.seconds,
+                                    "history": [asdict(log) for log in history]})
+    (cell.folder / "state.pt").unlink(missing_ok=True)  # large, and of no more use
+    return result

@@ -1,0 +1,168 @@
+"""Weights on disk: safetensors with a JSON header, readable without robench. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from robench.benchmark.models import build_model
+from robench.benchmark.recipe import ModelSpec
+from robench.errors import UsageError
+from robench.files import write_atomic
+
+
+class Header(BaseModel):
+    """What a checkpoint says about itself; enough to build the network again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSpec
+    classes: int
+    channels: int
+    size: int
+    dataset: str
+    defense: str
+    recipe: str
+    seed: int
+    checkpoint: str
+    epoch: int
+
+    def build(self) -> nn.Module:
+        return build_model(self.model.name, classes=self.classes, channels=self.channels,
+                           size=self.size, normalize=self.model.normalize)
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """Hash of all parameters and buffers, by name; the same on every device."""
+    total = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        total.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def save_checkpoint(path: Path, net: nn.Module, header: Header) -> None:
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    write_atomic(path, to_safetensors(state, {"robench": header.model_dump_json()}))
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a robench checkpoint; None for a file of somebody else's."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("robench")
+        return None if text is None else Header.model_validate_json(text)
+    except ValidationError:
+        raise UsageError(f"{path}: its robench header is damaged or of another version") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UsageError(_unreadable(path, error)) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file, or in a .pt/.pth file that holds tensors alone.
+
+    Raises UsageError for a missing, truncated or foreign file, and for a pickle that would run
+    code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{path}: holds more than tensors, or is damaged; robench does not unpickle code. "
+            "Save the state dict alone: torch.save(model.state_dict(), path)"
+        ) from None
+    except (safetensors.SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UsageError(_unreadable(path, error)) from None
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise UsageError(f"{path}: holds no state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) or not path.exists():
+        return f"there is no file {path}"
+    reason = " ".join(str(error).split())[:120]
+    return f"{path}: cannot be read, it is truncated or not a checkpoint ({reason})"
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Put the weights of a file into a network of the same architecture.
+
+    The dead `sub_block1` of TRADES' WideResNet is ignored. Raises UsageError naming the first
+    difference.
+    """
+    weights = {k: v for k, v in read_weights(path).items() if not k.startswith("sub_block1.")}
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or extra or shapes:
+        if shapes:
+            name = min(shapes)
+            what = f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        elif missing:
+            what = f"{missing[0]} is missing"
+        else:
+            what = f"{extra[0]} is unknown to it"
+        raise UsageError(
+            f"{path} does not fit {type(net).__name__}: {what} "
+            f"({len(missing)} missing, {len(extra)} unknown, {len(shapes)} of another shape)"
+        )
+    net.load_state_dict(weights)
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, Header]:
+    """A network that robench saved, in eval mode. Raises UsageError."""
+    header = read_header(path)
+    if header is None:
+        raise UsageError(f"{path} does not say which network it holds: add --model NAME")
+    net = header.build()
+    load_weights(net, path)
+    return net.eval(), header
+
+
+class CellFolder:
+    """The `Keeper` of a cell: its state and its checkpoints in one folder."""
+
+    def __init__(self, folder: Path, header: Header, device: torch.device) -> None:
+        self.folder, self.header, self.device = folder, header, device
+
+    def load_state(self) -> dict[str, Any] | None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+            raise UsageError(f"{path} is damaged: delete {self.folder} to train again") from None
+        return state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.folder / "state.pt", buffer.getvalue())
+
+    def save_network(self, name: str, net: nn.Module, epoch: int) -> None:
+        header = self.header.model_copy(update={"checkpoint": name, "epoch": epoch})
+        save_checkpoint(self.path(name), net, header)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_atomic(self.folder / name, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,52 @@
+"""Is an evaluation trustworthy? Cheap checks that run in every one; more will follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robench.attacks.base import Classifier, frozen
+from robench.errors import UsageError
+
+
+@torch.no_grad()
+def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
+    """Look at the outputs for a first batch: x (N, C, H, W), y (N,). Returns warnings.
+
+    Raises UsageError if the output is no (N, K) tensor, holds NaN, or has no place for a label.
+    """
+    with frozen(model):
+        try:
+            logits = model(x)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UsageError(f"the model cannot take images of shape {tuple(x.shape)}: {reason}"
+                             ) from None
+        again = model(x)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"the model must return logits (N, K) for images (N, C, H, W), "
+                         f"not {shape}")
+    if not torch.isfinite(logits).all():
+        raise UsageError("the model returns NaN or infinite logits for clean images")
+    if int(y.max()) >= logits.shape[1]:
+        raise UsageError(f"the model has {logits.shape[1]} outputs, but there are labels up to "
+                         f"{int(y.max())}: is it of another data set?")
+    warnings = []
+    if looks_like_probabilities(logits):
+        warnings.append(
+            "probabilities: the outputs look like softmax probabilities, not logits; gradients "
+            "vanish and the robust accuracy is too high. Return logits."
+        )
+    if (logits - again).abs().max() > 1e-4:
+        warnings.append(
+            "random: two passes over the same images differ; a single run of these attacks "
+            "overstates the robustness of a randomized model."
+        )
+    return tuple(warnings)
+
+
+def looks_like_probabilities(logits: Tensor) -> bool:
+    """Rows in [0, 1] that sum to 1, as AutoAttack's check does."""
+    in_range = bool(logits.min() >= 0) and bool(logits.max() <= 1)
+    return in_range and bool((logits.sum(1) - 1).abs().max() < 1e-3)

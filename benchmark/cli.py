@@ -1,0 +1,220 @@
+"""The command line. Results go to stdout, messages to stderr; heavy imports wait inside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from robench import __version__
+from robench.errors import RobenchError, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 130 interrupted (run it again to go on).",
+)
+@click.version_option(__version__, prog_name="robench")
+def cli() -> None:
+    """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
+
+
+def _shared(function: F) -> F:
+    """The options of `run` and `eval`: what is attacked, and how."""
+    options = [
+        click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Settings as YAML, named like the options; options override it."),
+        click.option("--dataset", metavar="NAME",
+                     help="digits (default), cifar10, ..., folder:PATH. See `robench list`."),
+        click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Folder in torchvision's layout.  [default: data]"),
+        click.option("--download", is_flag=True, default=None, help="Let torchvision download."),
+        click.option("--model", metavar="NAME",
+                     help="A registered model or package.module:factory."),
+        click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),
+        click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
+                     help="Repeatable. For example pgd-50, pgd,restarts=5, "
+                     "torchattacks:MIFGSM, pyautoattack:standard,limit=1000.  "
+                     "[default: fgsm, pgd-20, cw, pyautoattack:standard]"),
+        click.option("--limit", type=int, metavar="N", help="Attack the first N test images only."),
+        click.option("--batch-size", type=int, metavar="N", help="Of the attacks.  [default: 250]"),
+        click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),
+        click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Where everything goes.  [default: runs]"),
+        click.option("--quiet", is_flag=True, help="No progress."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@cli.command(epilog="""\b
+Examples:
+  robench run --defense peeraid --baseline trades
+  robench run --defense all --baseline pgd-at --seeds 0,1,2
+  robench run --defense trades --dataset cifar10 --data-root data --model resnet18
+  robench run --defense pgd-at --model my_package.nets:build --set epochs=5 --set lr=0.05
+""")
+@click.option("--defense", "defenses", multiple=True, metavar="NAME",
+              help="Repeatable; `all` is every one.")
+@click.option("--baseline", "baselines", multiple=True, metavar="NAME",
+              help="A defense to compare with; differences are to the first one.")
+@click.option("--recipe", metavar="NAME", help="unified (default) or as-released.")
+@click.option("--seeds", metavar="0,1,2", help="Training seeds.  [default: 0]")
+@click.option("--epochs", type=int, metavar="N", help="Instead of the recipe's.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="A training setting (lr=0.05) or a method's option (trades.beta=3).")
+@click.option("--train-limit", type=int, metavar="N", help="Train on N images only.")
+@click.option("--teacher", metavar="WHAT", help="A checkpoint, module:factory or robustbench:NAME "
+              "instead of a trained teacher.")
+@click.option("--smoke", is_flag=True, default=None, help="Two batches through everything.")
+@_shared
+def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any) -> None:
+    """Train defenses, attack them, and write a leaderboard. Goes on where it was stopped."""
+    import yaml
+
+    values = _values(given)
+    if seeds is not None:
+        values["seeds"] = _integers(seeds)
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: write KEY=VALUE")
+        defense, dot, option = key.rpartition(".")
+        if dot and defense != "train":
+            values.setdefault("options", {}).setdefault(defense, {})[option] = yaml.safe_load(value)
+        else:
+            values.setdefault("train", {})[option] = yaml.safe_load(value)
+
+    from robench.benchmark.matrix import run as run_matrix
+    from robench.benchmark.spec import RunSpec
+
+    _show(run_matrix(RunSpec.create(values), quiet=quiet), values)
+
+
+@cli.command("eval", epilog="""\b
+Examples:
+  robench eval runs/cells/*/best.safetensors
+  robench eval my_package.nets:trained --dataset cifar10 --data-root data --limit 1000
+  robench eval weights.pt --model resnet18 --dataset cifar10 --data-root data
+  robench eval robustbench:Carmon2019Unlabeled --dataset cifar10 --data-root data
+""")
+@click.argument("sources", nargs=-1, required=True, metavar="NETWORK...")
+@click.option("--seed", type=int, help="Of the attacks.  [default: 0]")
+@click.option("--zoo", type=click.Path(path_type=Path), default=Path("models"), metavar="DIR",
+              show_default=True, help="Where RobustBench's weights lie or are put.")
+@_shared
+def evaluate(
+    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+) -> None:
+    """Attack networks: checkpoints, package.module:factory, robustbench:NAME."""
+    values = {"out": Path("runs/eval"), **_values(given)}
+    if seed is not None:
+        values["seeds"] = (seed,)
+
+    from robench.benchmark.external import evaluate_external
+    from robench.benchmark.spec import RunSpec
+
+    _show(evaluate_external(sources, RunSpec.create(values), zoo=zoo, quiet=quiet), values)
+
+
+@cli.command(epilog="""\b
+Example:
+  robench report runs other-machine/runs --out merged
+""")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the reports go.  [default: the first RUN]")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write the tables and figures of finished runs again, merging several."""
+    from robench.reports import render, summary
+    from robench.reports.store import load
+
+    results = load(runs)
+    out = out or (runs[0] if runs[0].is_dir() else runs[0].parent)
+    render(results, out)
+    click.echo(summary(results))
+    click.echo(f"wrote the reports to {out}/", err=True)
+
+
+KINDS = ("attacks", "defenses", "datasets", "models", "recipes")
+
+
+@cli.command("list")
+@click.argument("kind", type=click.Choice(KINDS), required=False)
+def list_(kind: str | None) -> None:
+    """Show what can be named: attacks, defenses, datasets, models, recipes."""
+    from robench.benchmark.catalog import catalog
+
+    for name in (kind,) if kind else KINDS:
+        rows = catalog(name)
+        width = max(len(row.name) for row in rows)
+        click.echo(f"{name}:" if kind is None else "", nl=kind is None)
+        for row in rows:
+            paper = f"  [{row.paper}]" if row.paper else ""
+            click.echo(f"  {row.name:<{width}}  {row.description}{paper}")
+
+
+@cli.command()
+@click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR")
+def doctor(data_root: Path | None) -> None:
+    """Check the installation and say how to cure what is wrong."""
+    from robench.benchmark.doctor import examine
+
+    findings = examine(data_root)
+    for finding in findings:
+        click.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.name}: {finding.text}")
+    bad = [f for f in findings if not f.ok]
+    if bad:
+        cures = "; ".join(f"{f.name}: {f.cure}" for f in bad)
+        raise RobenchError(f"{len(bad)} problems. {cures}")
+
+
+def _values(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of --config, overridden by the options that were given."""
+    values: dict[str, Any] = {}
+    config = given.pop("config")
+    if config is not None:
+        from robench.benchmark.spec import read_config
+
+        values = read_config(config)
+    values |= {key: value for key, value in given.items() if value not in (None, ())}
+    values.setdefault("data_root", Path("data"))
+    return values
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--seeds {text}: write whole numbers, for example 0,1,2") from None
+
+
+def _show(results: Any, values: dict[str, Any]) -> None:
+    from robench.reports import summary
+
+    click.echo(summary(results))
+    click.echo(f"reports: {values.get('out', 'runs')}/leaderboard.html", err=True)
+
+
+def main() -> None:
+    """Entry point: every expected error is one line on stderr and an exit code."""
+    try:
+        sys.exit(cli.main(prog_name="robench", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        message, code = " ".join(error.format_message().split()), error.exit_code
+    except RobenchError as error:
+        message, code = " ".join(str(error).split()), error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        message, code = "interrupted; run the same command again to go on", INTERRUPTED
+    click.echo(f"robench: {message}", err=True)
+    sys.exit(code)

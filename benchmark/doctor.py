@@ -1,0 +1,78 @@
+"""doctor: is the environment what it claims to be?"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from robench.benchmark import zoo
+from robench.errors import UsageError
+
+PACKAGES = ("robench", "torch", "torchvision", "numpy", "pandas", "scikit-learn", "torchattacks",
+            "pyautoattack", "robustbench", "setuptools")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One checked fact. `cure` is what to do if it is not ok."""
+
+    name: str
+    ok: bool
+    text: str
+    cure: str = ""
+
+
+def examine(data_root: Path | None = None) -> list[Finding]:
+    """Look at packages, devices and data; nothing is changed or downloaded."""
+    findings = [Finding(f"package {name}", True, _version(name)) for name in PACKAGES]
+    for check in (_torchvision, _torch, _robustbench):
+        findings += check()
+    if data_root is not None:
+        there = data_root.is_dir()
+        names = sorted(p.name for p in data_root.iterdir()) if there else []
+        findings.append(Finding("data root", there, ", ".join(names[:8]) or "empty or not there",
+                                f"put torchvision's data folders into {data_root}"))
+    return findings
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _torchvision() -> Iterator[Finding]:
+    yield _try("torchvision", lambda: importlib.import_module("torchvision").__version__,
+               "install torch and torchvision from the same index, both CPU or both CUDA")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("threads", True, str(torch.get_num_threads()))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Finding("CUDA devices", True, ", ".join(gpus) or "none: everything runs on the CPU")
+    tf32 = torch.backends.cudnn.allow_tf32
+    yield Finding("TF32 convolutions", True, "allowed (torch's default)" if tf32 else "off")
+
+
+def _robustbench() -> Iterator[Finding]:
+    if _version("robustbench") == "not installed":
+        yield Finding("robustbench", True, "not installed; robustbench:NAME needs robench[zoo]")
+        return
+    if zoo.overwritten():
+        yield Finding("robustbench", False, "overwritten by torchattacks' own copy", zoo.CURE)
+        return
+    yield _try("robustbench", lambda: f"imports ({zoo.import_robustbench().__name__})",
+               'pip install "robench[zoo]"')
+
+
+def _try(name: str, action: Callable[[], str], cure: str) -> Finding:
+    try:
+        return Finding(name, True, action())
+    except (ImportError, RuntimeError, UsageError) as error:
+        return Finding(name, False, " ".join(str(error).split())[:160], cure)

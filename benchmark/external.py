@@ -1,0 +1,62 @@
+"""eval: attack a network that robench did not train in this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from robench.benchmark.matrix import Matrix, Subject
+from robench.benchmark.progress import Reporter
+from robench.benchmark.sources import Network, load_network
+from robench.benchmark.spec import RunSpec
+from robench.errors import RobenchError
+from robench.reports import render
+from robench.reports.record import Record
+from robench.reports.store import Results, anchored
+
+
+def evaluate_external(
+    sources: tuple[str, ...], spec: RunSpec, *, zoo: Path = Path("models"), quiet: bool = True
+) -> Results:
+    """Attack networks by `PATH`, `package.module:factory` or `robustbench:NAME`.
+
+    `spec` gives data set, threat model, attacks and output folder; `spec.model` the
+    architecture of a checkpoint that does not name it. Raises like `run`.
+    """
+    matrix = Matrix(spec, Reporter(quiet=quiet))
+    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
+                for source in dict.fromkeys(sources)]
+    records: list[Record] = []
+    for network in networks:
+        net = network.net.to(matrix.device)
+        subject = Subject(net, spec.out / "eval", network.source, _facts(network))
+        pairs = [(attack, matrix.threat, "table") for attack in spec.attacks]
+        records += matrix.attack(subject, pairs, spec.seeds[0])
+    results = anchored(Results(records), spec.out)
+    render(results, spec.out)
+    if matrix.failures:
+        raise RobenchError("; ".join(matrix.failures))
+    return results
+
+
+def _facts(network: Network) -> dict[str, Any]:
+    """What is known about a network from outside; a robench checkpoint says more."""
+    header = network.header
+    return {
+        "run": "",
+        "seed": header.seed if header else 0,
+        "model": network.model,
+        "source": network.source,
+        "defense": header.defense if header else network.source,
+        "defense_config": {},
+        "recipe": header.recipe if header else "",
+        "epochs": 0,
+        "train_seconds": 0.0,
+        "teacher_seconds": 0.0,
+        "selection": "none",
+        "checkpoint": header.checkpoint if header else "",
+        "epoch": header.epoch if header else -1,
+        "ranked": True,
+        "baseline": False,
+        "teacher_sha256": {},
+    }

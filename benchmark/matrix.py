@@ -1,0 +1,301 @@
+"""run: train every cell, attack every network, write the reports. Idempotent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
+from robench.benchmark.checkpoints import Header, weights_sha256
+from robench.benchmark.data import Images, check_images, load_dataset
+from robench.benchmark.evaluate import Target, measure, save_flags
+from robench.benchmark.progress import Reporter
+from robench.benchmark.provenance import environment
+from robench.benchmark.recipe import default_threat
+from robench.benchmark.sources import load_network, pick_device
+from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
+from robench.benchmark.transfer import crafting, rob_f
+from robench.defenses.trainer import TrainingFailed
+from robench.errors import RobenchError
+from robench.files import write_atomic
+from robench.reports import render
+from robench.reports.record import Epoch, Record, Transfer
+from robench.reports.store import Results, anchored
+
+CURVE = AttackSpec(name="pgd-20", limit=1000)  # for the figure of accuracy over eps
+CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+UNRANKED = AttackSpec(name="pgd-20")
+
+
+def run(spec: RunSpec | Mapping[str, Any], *, quiet: bool = True) -> Results:
+    """Run a matrix and write its reports to `spec.out`. Finished parts are not run again.
+
+    Raises:
+        UsageError: the request is wrong; nothing was written.
+        RobenchError: a training or an attack failed; the reports hold all the rest.
+    """
+    spec = spec if isinstance(spec, RunSpec) else RunSpec.create(spec)
+    return Matrix(spec, Reporter(quiet=quiet)).run()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network under attack, and the part of its records that does not change."""
+
+    net: nn.Module
+    folder: Path  # where its measurements are kept
+    label: str
+    facts: dict[str, Any]
+
+
+class Matrix:
+    """A checked request: everything that can be wrong with it is found in the constructor."""
+
+    def __init__(self, spec: RunSpec, reporter: Reporter) -> None:
+        self.spec, self.reporter = spec, reporter
+        self.device = pick_device(spec.device)
+        self.threat = ThreatModel.parse(spec.threat or default_threat(spec.dataset))
+        check_attacks(spec.attacks, self.threat)
+        self.dataset = load_dataset(spec.dataset, spec.data_root, download=spec.download)
+        limit = SMOKE_IMAGES if spec.smoke else spec.limit
+        test = self.dataset.test.take(limit)
+        self.test = Images(*check_images(test.x, test.y, len(self.dataset.classes)))
+        self.test_sha256: dict[int, str] = {}
+        self.failures: list[str] = []
+        self.measured = 0
+
+    def run(self) -> Results:
+        spec = self.spec
+        teacher = None
+        if spec.teacher is not None:
+            teacher = load_network(spec.teacher, self.dataset, self.threat, model=spec.model)
+        cells, rows = plan(spec, self.dataset, teacher)
+        todo = [cell for cell in cells if cell.result() is None]
+        self.reporter.say(
+            f"{len(rows)} rows, {len(cells)} trainings ({len(cells) - len(todo)} finished before), "
+            f"{len(spec.attacks)} attacks at {self.threat} on {len(self.test)} images of "
+            f"{spec.dataset}, {self.device}"
+        )
+        done: dict[str, Result] = {}
+        for cell in cells:
+            self._train(cell, done)
+        records: list[Record] = []
+        transfers: list[Transfer] = []
+        epochs: list[Epoch] = []
+        for cell in rows:
+            result = done.get(cell.spec.key())
+            if result is not None:
+                records += self._records(cell, result)
+                transfers += self._transfers(cell)
+                epochs += self._epochs(cell, result)
+        results = anchored(Results(records, transfers, epochs), spec.out)
+        render(results, spec.out)
+        if not todo and not self.measured:
+            self.reporter.say("nothing to do: every training and every measurement is there "
+                              f"already; {spec.out}/ holds the reports")
+        if self.failures:
+            raise RobenchError("; ".join(self.failures))
+        return results
+
+    def _train(self, cell: Cell, done: dict[str, Result]) -> None:
+        missing = [name for name, teacher in cell.teachers.items()
+                   if isinstance(teacher, Cell) and teacher.spec.key() not in done]
+        if missing:
+            self.failures.append(f"{cell.label}: not trained, its {missing[0]} failed")
+            return
+        try:
+            done[cell.spec.key()] = train(cell, self.dataset, self.device, self.reporter)
+        except TrainingFailed as error:
+            self.failures.append(f"{cell.label}: {error}")
+
+    def _records(self, cell: Cell, result: Result) -> Iterator[Record]:
+        curve = [(CURVE, self.threat.scaled(factor)) for factor in CURVE_FACTORS
+                 if self.threat.norm != "Linf" or self.threat.eps * factor <= 1]
+        for name in (*cell.ranked, *cell.others):
+            ranked = name in cell.ranked
+            net, header = cell.network(name, self.device)
+            subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
+                              self._facts(cell, result, header, net, ranked))
+            attacks = self.spec.attacks if ranked else (UNRANKED,)
+            pairs = [(attack, self.threat, "table") for attack in attacks]
+            if ranked:
+                pairs += [(attack, threat, "curve") for attack, threat in curve]
+            yield from self.attack(subject, pairs, cell.spec.seed)
+
+    def _facts(
+        self, cell: Cell, result: Result, header: Header, net: nn.Module, ranked: bool
+    ) -> dict[str, Any]:
+        spec = cell.spec
+        return {
+            "run": spec.key(),
+            "seed": spec.seed,
+            "model": str(spec.model),
+            "source": "trained",
+            "defense": spec.defense,
+            "defense_config": {**spec.options, "threat": spec.threat,
+                               "train": spec.train.model_dump(mode="json")},
+            "recipe": spec.recipe,
+            "epochs": spec.train.epochs,
+            "train_seconds": result.seconds,
+            "teacher_seconds": cell.teacher_seconds(),
+            "selection": "none" if spec.train.select == "last" else spec.train.select,
+            "checkpoint": header.checkpoint,
+            "epoch": header.epoch,
+            "ranked": ranked,
+            "baseline": cell.baseline,
+            "teacher_sha256": {name: weights_sha256(teacher) for name, teacher
+                               in cell.teacher_networks(self.device).items()},
+            "notes": spec.notes,
+        }
+
+    def attack(
+        self, subject: Subject, pairs: list[tuple[AttackSpec, ThreatModel, str]], seed: int
+    ) -> Iterator[Record]:
+        """Records of the attacks on a network, measured or taken from an earlier run."""
+        weights = weights_sha256(subject.net)
+        target: Target | None = None
+        for spec, threat, role in pairs:
+            n = min(spec.limit or len(self.test), len(self.test))
+            identity = {"weights": weights, "attack": spec.model_dump(mode="json"), "seed": seed,
+                        "threat": str(threat), "data": self._test_hash(n)}
+            path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
+            facts = {**subject.facts, "role": role}
+            record = _kept(path, facts)
+            if record is None:
+                target = target or Target(subject.net, self.test, self.spec.batch_size)
+                for warning in target.warnings:
+                    self.reporter.warn(f"{subject.label}: {warning}")
+                record = self._measure(subject, target, spec, threat, weights, path, seed, facts)
+            yield record
+
+    def _measure(
+        self, subject: Subject, target: Target, spec: AttackSpec, threat: ThreatModel,
+        weights: str, path: Path, seed: int, facts: dict[str, Any],
+    ) -> Record:
+        self.measured += 1
+        n = min(spec.limit or len(self.test), len(self.test))
+        flags, partial = path.with_suffix(".npz"), path.with_suffix(".partial")
+        known = {
+            **facts,
+            **environment(self.device),
+            "dataset": self.dataset.name,
+            "split": "test",
+            "n": n,
+            "data_sha256": self._test_hash(n),
+            "classes": len(self.dataset.classes),
+            "parameters": sum(p.numel() for p in subject.net.parameters()),
+            "weights_sha256": weights,
+            "attack": spec.label,
+            "threat": str(threat),
+            "batch_size": self.spec.batch_size,
+            "n_correct": int(target.correct[:n].sum()),
+        }
+        try:
+            with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
+                m = measure(target, spec, threat, seed=seed, partial=partial,
+                            progress=lambda done, total, robust: update(
+                                done / total, f"robust {robust}/{done}"))
+        except Exception as error:  # third-party attacks raise whatever they like
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.failures.append(f"{subject.label}, {spec.label}: {reason}")
+            return Record(**known, attack_config={}, n_robust=0, seconds=0, max_distance=0,
+                          violations=0, warnings=target.warnings, status="failed", error=reason)
+        warnings = (*target.warnings, *m.notes)
+        if m.violations:
+            warnings += (f"outside: {m.violations} claimed examples were outside {threat} and "
+                         "were not counted",)
+        record = Record(
+            **known,
+            attack_config=m.config,
+            n_robust=int(m.robust.sum()),
+            seconds=m.seconds,
+            max_distance=m.max_distance,
+            violations=m.violations,
+            warnings=warnings,
+            status="ok",
+            flags=str(flags.relative_to(self.spec.out)),
+        )
+        save_flags(flags, m.correct, m.robust)
+        write_atomic(path, record.model_dump_json(indent=1) + "\n")
+        partial.unlink(missing_ok=True)
+        return record
+
+    def _test_hash(self, n: int) -> str:
+        if n not in self.test_sha256:
+            self.test_sha256[n] = self.test.take(n).sha256()
+        return self.test_sha256[n]
+
+    def _transfers(self, cell: Cell) -> list[Transfer]:
+        """The Rob_f rows of a cell with a peer or a teacher; none for the others."""
+        partners = [name for name in cell.defense.trained if name != "student"]
+        if not partners and not cell.teachers:
+            return []
+        spec, student = cell.spec, cell.ranked[0]
+        ascent = crafting(self.threat)
+        config = {"steps": ascent.steps, "step_size": ascent.step_size, "start": ascent.start}
+        identity = {"threat": str(self.threat), "data": self._test_hash(len(self.test)), **config}
+        path = cell.folder / "eval" / f"rob_f-{digest(identity)}.json"
+        rows = _kept_transfers(path)
+        if rows is None:
+            self.measured += 1
+            nets = {name: cell.network(name, self.device)[0] for name in partners}
+            nets |= cell.teacher_networks(self.device)
+            nets["student"] = cell.network(student, self.device)[0]
+            with self.reporter.task(f"{cell.label}: Rob_f of {', '.join(nets)}"):
+                measured = rob_f(nets, self.test, self.threat, seed=spec.seed,
+                                 batch_size=self.spec.batch_size)
+            rows = [
+                Transfer(
+                    run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
+                    defense=spec.defense, recipe=spec.recipe, checkpoint=student, network=name,
+                    attack=f"pgd-{ascent.steps}", attack_config=config, threat=str(self.threat),
+                    n=len(self.test), data_sha256=self._test_hash(len(self.test)),
+                    clean=row.clean, self_crafted=row.self_crafted,
+                    student_crafted=row.student_crafted, student_robust=row.student_robust,
+                )
+                for name, row in measured.items()
+            ]
+            write_atomic(path, "".join(row.model_dump_json() + "\n" for row in rows))
+        return rows
+
+    @staticmethod
+    def _epochs(cell: Cell, result: Result) -> list[Epoch]:
+        spec = cell.spec
+        return [
+            Epoch(
+                run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
+                defense=spec.defense, recipe=spec.recipe, epoch=log.epoch, lr=log.lr,
+                seconds=log.seconds, losses=log.losses, selection=spec.train.select,
+                clean=log.clean, robust=log.robust, swa_clean=log.swa_clean,
+                swa_robust=log.swa_robust,
+            )
+            for log in result.history
+        ]
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-=." else "_" for c in label)[:80]
+
+
+def _kept(path: Path, facts: dict[str, Any]) -> Record | None:
+    """The record of an earlier run, with what this run says about its network."""
+    try:
+        record = Record.model_validate_json(path.read_text())
+        if not path.with_suffix(".npz").exists():
+            return None
+        return record.model_copy(update=facts)
+    except (OSError, ValidationError):  # not there, or damaged: measure again
+        return None
+
+
+def _kept_transfers(path: Path) -> list[Transfer] | None:
+    try:
+        return [Transfer.model_validate_json(line) for line in path.read_text().splitlines()]
+    except (OSError, ValidationError):
+        return None

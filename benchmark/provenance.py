@@ -1,0 +1,63 @@
+"""Where a number comes from: versions, commit, device, memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import robench
+
+
+@cache
+def commit() -> str:
+    """The commit of the robench checkout, "+dirty" appended if it is changed; "" elsewhere."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True,
+                              timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's repository.
+        if not git("ls-files", Path(__file__).name):
+            return ""
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return device.type
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of the process on the CPU, of the allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The fields of a Record that describe the machine and the moment."""
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "robench": robench.__version__,
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "commit": commit(),
+        "precision": "fp32, TF32 convolutions, verified in fp32" if tf32 else "fp32",
+        "threads": torch.get_num_threads(),
+        "peak_bytes": peak_bytes(device),
+    }

@@ -1,0 +1,87 @@
+"""Networks from anywhere: a checkpoint, the user's own factory, the RobustBench zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.checkpoints import Header, load_checkpoint, load_weights, read_header
+from robench.benchmark.data import Dataset
+from robench.benchmark.models import build_model
+from robench.benchmark.zoo import load_robustbench
+from robench.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in eval mode and where it came from."""
+
+    net: nn.Module
+    source: str
+    model: str  # name of the architecture
+    header: Header | None = None  # what a robench checkpoint says about itself
+
+
+def load_network(
+    source: str, dataset: Dataset, threat: ThreatModel, *, model: str | None = None,
+    zoo: Path = Path("models"),
+) -> Network:
+    """Load `PATH`, `package.module:factory` or `robustbench:NAME` for this data set.
+
+    Args:
+        model: the architecture, for a checkpoint that does not name it.
+        zoo: where RobustBench's weights lie or are put.
+
+    Raises:
+        UsageError: it does not exist, cannot be read, or is not for this data set.
+    """
+    def build(name: str) -> nn.Module:
+        return build_model(name, classes=len(dataset.classes), channels=dataset.channels,
+                           size=dataset.size)
+
+    if source.startswith("robustbench:"):
+        name = source.removeprefix("robustbench:")
+        return Network(load_robustbench(name, dataset.name, threat.norm, zoo), source, name)
+    path = Path(source)
+    if path.suffix in (".safetensors", ".pt", ".pth") or path.exists():
+        return _from_file(path, model, dataset, build)
+    if ":" in source:
+        return Network(build(source).eval(), source, source)
+    raise UsageError(f"{source!r} is no file, no package.module:factory and no robustbench:NAME")
+
+
+def _from_file(
+    path: Path, model: str | None, dataset: Dataset, build: Callable[[str], nn.Module]
+) -> Network:
+    header = read_header(path) if path.suffix == ".safetensors" else None
+    if header is not None and model in (None, header.model.name):
+        if (header.classes, header.channels) != (len(dataset.classes), dataset.channels):
+            raise UsageError(f"{path} was trained on {header.dataset} ({header.classes} classes, "
+                             f"{header.channels} channels) and does not fit this data set")
+        net, _ = load_checkpoint(path)
+        return Network(net, str(path), str(header.model), header)
+    if model is None:
+        if not path.exists():
+            raise UsageError(f"there is no file {path}")
+        raise UsageError(f"{path} does not say which network it holds: add --model NAME")
+    net = build(model)
+    load_weights(net, path)
+    return Network(net.eval(), str(path), model, header)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA if there is one, else the CPU. Raises UsageError for a missing device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(f"device {name!r} is not there ({reason})") from None
+    return device

@@ -1,0 +1,179 @@
+"""RunSpec: what a user asks for. CellSpec: what determines one trained network, and its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from robench.attacks.base import Attack, make_attack
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.recipe import ModelSpec, explain
+from robench.defenses.trainer import TrainConfig
+from robench.errors import UsageError
+
+
+def digest(content: Any, length: int = 12) -> str:
+    """The first hex digits of the SHA-256 of canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+class AttackSpec(BaseModel):
+    """An attack by name, with options, perhaps on the first `limit` images only.
+
+    Written `pgd-20`, `pgd,steps=50,restarts=5` or `pyautoattack:standard,limit=1000`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    limit: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def parse(cls, text: str) -> AttackSpec:
+        name, *pairs = (part.strip() for part in text.split(","))
+        options: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise UsageError(f"attack {text!r}: write NAME,key=value,..., not {pair!r}")
+            options[key.strip()] = yaml.safe_load(value)
+        limit = options.pop("limit", None)
+        try:
+            return cls(name=name, options=options, limit=limit)
+        except ValidationError as error:
+            raise UsageError(explain(error, f"attack {name}")) from None
+
+    @property
+    def label(self) -> str:
+        """The name in tables; options are part of it, the number of images is not."""
+        return ",".join([self.name, *(f"{k}={v}" for k, v in sorted(self.options.items()))])
+
+    def build(self, threat: ThreatModel) -> Attack:
+        """Raises UsageError for an unknown name or option."""
+        return make_attack(self.name, threat, **self.options)
+
+
+DEFAULT_ATTACKS = tuple(
+    AttackSpec(name=name) for name in ("fgsm", "pgd-20", "cw", "pyautoattack:standard")
+)
+
+
+class RunSpec(BaseModel):
+    """A matrix of defenses and seeds on one data set, and how its networks are attacked.
+
+    Attributes:
+        defenses, baselines: names; "all" stands for every registered defense. Differences are
+            taken to the first baseline.
+        model: None means the recipe's.
+        threat: at which networks are attacked, and trained unless the recipe fixes it; None
+            means the data set's.
+        epochs, train: override the recipe; `train` takes any field of TrainConfig.
+        options: per defense, override the recipe's options.
+        limit: evaluate on the first images of the test split only.
+        train_limit: train on this many images only (those held out for validation apart).
+        teacher: a checkpoint, `package.module:factory` or `robustbench:NAME`; None means that
+            missing teachers are trained.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        smoke: one epoch on two batches, everything else on 32 images: does it all run?
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    defenses: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    dataset: str = "digits"
+    data_root: Path | None = None
+    download: bool = False
+    model: str | None = None
+    recipe: str = "unified"
+    threat: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    attacks: tuple[AttackSpec, ...] = DEFAULT_ATTACKS
+    epochs: int | None = Field(default=None, ge=1)
+    train: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    limit: int | None = Field(default=None, ge=1)
+    train_limit: int | None = Field(default=None, ge=2)
+    teacher: str | None = None
+    device: str = "auto"
+    batch_size: int = Field(default=250, ge=1)  # of the evaluation
+    out: Path = Path("runs")
+    smoke: bool = False
+
+    @field_validator("defenses", "baselines", "seeds", "attacks", mode="before")
+    @classmethod
+    def _one_is_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, int, dict)) else value
+
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _attack_texts(cls, value: Any) -> Any:
+        return tuple(AttackSpec.parse(item) if isinstance(item, str) else item for item in value)
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any]) -> RunSpec:
+        """Validate; raises UsageError in one line, with a suggestion for an unknown key."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "extra_forbidden":
+                from robench.registry import unknown
+
+                raise unknown("setting", str(first["loc"][-1]), cls.model_fields) from None
+            raise UsageError(explain(error, "")) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The YAML of --config. Raises UsageError if it is not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = re.sub(r"\s+", " ", str(error))[:200]
+        raise UsageError(f"{path} is not valid YAML: {text}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold settings, one `name: value` a line")
+    return values
+
+
+class CellSpec(BaseModel):
+    """Everything that determines the weights of one training run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    data_sha256: str  # of the training images, the held-out ones included
+    model: ModelSpec
+    defense: str
+    options: dict[str, Any]
+    threat: str
+    recipe: str
+    train: TrainConfig
+    train_limit: int | None
+    seed: int
+    teachers: dict[str, str]  # network name -> key of its cell, or hash of given weights
+    notes: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """The name of the cell's folder."""
+        return digest(self.model_dump(mode="json", exclude={"notes"}))
+
+
+def check_attacks(attacks: tuple[AttackSpec, ...], threat: ThreatModel) -> None:
+    """Build every attack once, so that a wrong name is found before anything is trained."""
+    labels = [attack.label for attack in attacks]
+    for attack in attacks:
+        attack.build(threat)
+        if labels.count(attack.label) > 1:
+            raise UsageError(f"attack {attack.label!r} is listed twice")

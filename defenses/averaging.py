@@ -1,0 +1,75 @@
+"""Weight averaging (SWA) with re-estimated batch-norm statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The uniform mean of a network's parameters over epoch ends (Izmailov et al. 2018).
+
+    Buffers are not averaged: batch-norm statistics belong to the weights they were measured
+    with, so `network` measures them anew, as PeerAiD and KD & SWA (Chen et al. 2021) do.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Add the present parameters: mean <- mean + (theta - mean) / (count + 1)."""
+        self.count += 1
+        for name, p in net.named_parameters():
+            if name not in self.mean:
+                self.mean[name] = p.detach().clone()
+            else:
+                self.mean[name].lerp_(p.detach(), 1 / self.count)
+
+    def network(self, net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+        """A copy of `net` with the mean weights and the statistics of these clean batches."""
+        averaged = copy.deepcopy(net)
+        with torch.no_grad():
+            for name, p in averaged.named_parameters():
+                p.copy_(self.mean[name])
+        reestimate_batch_norm(averaged, batches)
+        return averaged
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.mean = state["count"], state["mean"]
+
+
+@torch.no_grad()
+def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace running statistics by their exact mean over `batches` of images (N, C, H, W).
+
+    Only batch-norm layers are in train mode meanwhile; every mode and momentum is restored.
+    """
+    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+              and m.track_running_stats]
+    if not layers:
+        return
+    modes = {module: module.training for module in net.modules()}
+    momenta = [layer.momentum for layer in layers]
+    net.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+    seen = 0
+    for x in batches:
+        seen += len(x)
+        for layer in layers:
+            layer.momentum = len(x) / seen  # the first batch replaces the reset values
+        net(x)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    for module, training in modes.items():
+        module.training = training

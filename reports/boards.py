@@ -1,0 +1,181 @@
+"""The pandas tables as tables for people: rounded, with units, nothing dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from robench.reports.columns import PARTS, measured
+from robench.reports.text import (
+    NOTHING,
+    TITLES,
+    Board,
+    Cell,
+    Column,
+    accuracy,
+    count,
+    duration,
+    p_value,
+    percent,
+    points,
+)
+
+# Shown as a column where rows differ, otherwise said once above the table.
+SHARED = {"recipe": "Recipe", "epochs": "Epochs", "model": "Model", "source": "Source"}
+ROB_F = {"rob_f_self": "Rob_f(x_f*) %", "rob_f_student": "Rob_f(x_S*) %",
+         "student_robust": "Student on x_S* %", "clean": "Clean %"}
+
+Line = dict[Hashable, Any]  # a row of a frame
+
+
+def leaderboards(frame: pd.DataFrame) -> list[Board]:
+    """A board for each group of `tables.leaderboard`."""
+    return [_leaderboard(group) for _, group in frame.groupby("group", sort=False)]
+
+
+def checkpoint_boards(frame: pd.DataFrame) -> list[Board]:
+    """A board for each data set and threat model of `tables.other_checkpoints`."""
+    return [
+        Board(group_title(group), _networks(group), _shared(group), _remarks(group))
+        for _, group in frame.groupby(["dataset", "split", "threat"], sort=False)
+    ]
+
+
+def rob_f_boards(frame: pd.DataFrame) -> list[Board]:
+    """A board for each data set, threat model and attack of `tables.rob_f`."""
+    return [_rob_f(group) for _, group in
+            frame.groupby(["dataset", "threat", "attack"], sort=False)]
+
+
+def group_title(group: pd.DataFrame) -> str:
+    """Data set, split and threat model of the rows of a frame."""
+    first = group.iloc[0]
+    return f"{first['dataset']} {first['split']}, {first['threat']}"
+
+
+def _leaderboard(group: pd.DataFrame) -> Board:
+    lines = group.to_dict("records")
+    attack = lines[0]["rank_attack"]
+    rank = _column("#", lines, lambda line: Cell(_known(line["rank"])))
+    ranked = (f"Ranked by {TITLES.get(attack, attack)}" if attack
+              else "Not ranked: no attack was tried on every row")
+    return Board(
+        title=group_title(group),
+        columns=(rank, *_networks(group)),
+        facts=(ranked, *_shared(group), f"Images: sha256 {lines[0]['images']}"),
+        remarks=_remarks(group),
+        lead=_accuracy_title(attack, lines) if attack else None,
+    )
+
+
+def _rob_f(group: pd.DataFrame) -> Board:
+    lines = group.to_dict("records")
+    several = [name for name in ("recipe", "model") if group[name].nunique() > 1]
+    words = {"label": "Defense", **{name: SHARED[name] for name in several},
+             "checkpoint": "Checkpoint", "selection": "Selected on", "network": "Network f"}
+    columns = [
+        *(_words(title, lines, name) for name, title in words.items()),
+        _column("Seed", lines, lambda line: Cell(str(line["seed"]))),
+        *(Column(title, tuple(Cell(percent(line[name], line["n"])) for line in lines))
+          for name, title in ROB_F.items()),
+        _column("Images", lines, lambda line: Cell(f"{line['n']:,}", sort=line["n"])),
+    ]
+    first = lines[0]
+    return Board(f"{first['dataset']}, {first['threat']}, {first['attack']}", tuple(columns))
+
+
+def _networks(group: pd.DataFrame) -> tuple[Column, ...]:
+    """What leaderboards and other checkpoints have in common."""
+    lines = group.to_dict("records")
+    columns = [
+        _words("Defense", lines, "label"),
+        *(_words(title, lines, name) for name, title in SHARED.items()
+          if group[name].nunique() > 1),
+        _words("Checkpoint", lines, "checkpoint"),
+        _words("Selected on", lines, "selection"),
+        _column("Seeds", lines, lambda line: Cell(str(line["seeds"]))),
+        *(_column(_accuracy_title(name, lines), lines, _accuracy_cell(name, lines))
+          for name in measured(group)),
+    ]
+    if "delta" in group and group["baseline"].any():
+        columns.append(_column(_delta_title(lines), lines, _delta))
+    return (
+        *columns,
+        _column("Training", lines, _training),
+        _column("Parameters", lines,
+                lambda line: Cell(count(line["parameters"]), sort=line["parameters"])),
+        _column("Warnings", lines, lambda line: Cell(str(line["warnings"]))),
+    )
+
+
+def _column(title: str, lines: Sequence[Line], cell: Callable[[Line], Cell]) -> Column:
+    return Column(title, tuple(map(cell, lines)))
+
+
+def _words(title: str, lines: Sequence[Line], name: str) -> Column:
+    return Column(title, tuple(Cell(str(line[name]) or NOTHING) for line in lines), words=True)
+
+
+def _known(value: Any) -> str:
+    return NOTHING if pd.isna(value) else str(value)
+
+
+def _sizes(name: str, lines: Sequence[Line]) -> set[int]:
+    return {line[f"{name}_n"] for line in lines if not pd.isna(line[f"{name}_n"])}
+
+
+def _accuracy_title(name: str, lines: Sequence[Line]) -> str:
+    sizes = _sizes(name, lines)
+    images = f", n = {sizes.pop():,}" if len(sizes) == 1 else ""
+    return f"{TITLES.get(name, name)} %{images}"
+
+
+def _accuracy_cell(name: str, lines: Sequence[Line]) -> Callable[[Line], Cell]:
+    """How to write one accuracy; its n goes into the cell where rows differ in it."""
+    mixed = len(_sizes(name, lines)) > 1
+
+    def cell(line: Line) -> Cell:
+        values = [line[name + part] for part in PARTS[:4]]
+        n, failed = line[f"{name}_n"], line[f"{name}_failed"]
+        return accuracy(*values, n=0 if pd.isna(n) else n,
+                        failed=0 if pd.isna(failed) else failed, show_n=mixed)
+
+    return cell
+
+
+def _delta_title(lines: Sequence[Line]) -> str:
+    baselines = {line["delta_to"] for line in lines if line["delta_to"]}
+    return f"Δ to {baselines.pop()}, points" if len(baselines) == 1 else "Δ to baseline, points"
+
+
+def _delta(line: Line) -> Cell:
+    """The difference, the test, and what it is about where that is not the title's baseline."""
+    if pd.isna(line["delta"]):
+        return Cell("baseline" if line["baseline"] else NOTHING)
+    attack = line["delta_attack"]
+    about = "" if attack == line["rank_attack"] else f", {TITLES.get(attack, attack)}"
+    text = f"{points(line['delta'], line[f'{attack}_n'])} ({p_value(line['delta_p'])}{about})"
+    return Cell(text, f"to {line['delta_to']}", sort=line["delta"])
+
+
+def _training(line: Line) -> Cell:
+    own, total = line["train_seconds"], line["train_and_teacher_seconds"]
+    teacher = f" + {duration(total - own)} teacher" if total > own else ""
+    return Cell(duration(own) + teacher if total else NOTHING, sort=own)
+
+
+def _shared(group: pd.DataFrame) -> tuple[str, ...]:
+    same = [f"{title}: {group[name].iloc[0]}" for name, title in SHARED.items()
+            if group[name].nunique() == 1 and str(group[name].iloc[0])]
+    return (", ".join(same),) if same else ()
+
+
+def _remarks(group: pd.DataFrame) -> tuple[str, ...]:
+    """Notes on the recipe and warnings of the evaluation, row by row."""
+    return tuple(
+        f"{line['label']} ({line['checkpoint']}): {text}"
+        for line in group.to_dict("records")
+        for text in (line["notes"], line["warning_text"]) if text
+    )

@@ -1,0 +1,141 @@
+"""A row as the columns of a table: percentages with their errors, costs, warnings.
+
+Every accuracy `<a>` (of "clean", an attack or "worst") comes with `<a>_std`, `<a>_low`,
+`<a>_high`, `<a>_n` and `<a>_failed`: standard deviation over seeds, 95 % interval of the sampling
+error, images, and seeds whose measurement failed. `statistics` says what these mean. All are in
+percent but the last two. Nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from robench.reports.compare import worst_case
+from robench.reports.grouping import Row
+from robench.reports.statistics import estimate
+
+STANDARD = ("clean", "fgsm", "pgd-20", "cw", "autoattack")
+PARTS = ("", "_std", "_low", "_high", "_n", "_failed")
+IDENTITY = ("dataset", "split", "threat", "images", "recipe", "epochs", "model", "source",
+            "defense", "options", "label", "checkpoint", "selection", "baseline", "seeds")
+COSTS = ("train_seconds", "train_and_teacher_seconds", "parameters", "warnings", "warning_text",
+         "notes")
+
+_TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
+         "label", "checkpoint", "selection", "warning_text", "notes", "rank_attack", "delta_to",
+         "delta_attack", "network", "attack"}
+_WHOLE = {"group", "rank", "epochs", "seeds", "seed", "n", "parameters", "warnings"}
+
+Line = dict[str, Any]
+
+
+def accuracy_columns(table: Iterable[Row]) -> list[str]:
+    """The standard accuracies, then others as they come, then the worst case."""
+    names = dict.fromkeys((*STANDARD, *(name for row in table for name in row.cells), "worst"))
+    return [name + part for name in names for part in PARTS]
+
+
+def measured(frame: pd.DataFrame) -> list[str]:
+    """The accuracies of a table that were measured or failed on some row: "clean", ..."""
+    names = [name.removesuffix("_failed") for name in frame.columns if name.endswith("_failed")]
+    return [name for name in names if frame[f"{name}_failed"].notna().any()]
+
+
+def make_frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Exactly these columns in this order, with the same types whatever is missing."""
+    return pd.DataFrame({
+        name: pd.Series([line.get(name) for line in lines], dtype=_dtype(name)) for name in columns
+    })
+
+
+def _dtype(name: str) -> str:
+    if name in _TEXT:
+        return "object"
+    if name == "baseline":
+        return "bool"
+    return "Int64" if name in _WHOLE or name.endswith(("_n", "_failed")) else "float64"
+
+
+def mark(selection: str) -> str:
+    """How a checkpoint was selected; a selection on the test images is not to be overlooked."""
+    return "test (!)" if selection == "test" else selection
+
+
+def describe(row: Row) -> Line:
+    """What a row says by itself, by column."""
+    networks = {record.seed: record for record in row.records}.values()
+    warnings = _warnings(row)
+    line: Line = {
+        **row.key._asdict(),
+        "label": row.label,
+        "images": image_sets([row]),
+        "selection": ", ".join(sorted({mark(r.selection) for r in networks})),
+        "baseline": row.baseline,
+        "seeds": len(networks),
+        "train_seconds": sum(r.train_seconds for r in networks) / len(networks),
+        "train_and_teacher_seconds":
+            sum(r.train_seconds + r.teacher_seconds for r in networks) / len(networks),
+        "parameters": max(r.parameters for r in networks),
+        "warnings": len(warnings),
+        "warning_text": "; ".join(warnings),
+        "notes": "; ".join(dict.fromkeys(note for r in networks for note in r.notes)),
+    }
+    for name, cell in row.cells.items():
+        passed = row.passed(name)
+        line |= _accuracy(name, [r.n_robust for r in passed], passed[0].n if passed else 0,
+                          failed=len(cell) - len(passed))
+    return line | _clean(row) | _worst(row)
+
+
+def image_sets(table: Sequence[Row]) -> str:
+    """Short hashes of the image sets behind some rows, the largest first."""
+    sizes = {record.data_sha256: record.n for row in table for record in row.records}
+    return "+".join(sha[:12] for sha, _ in sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _warnings(row: Row) -> list[str]:
+    """Each warning once, with the attacks it is about unless it is about all of them."""
+    attacks: dict[str, list[str]] = {}
+    for name, cell in row.cells.items():
+        texts = [text for record in cell.values() for text in record.warnings]
+        texts += [f"failed: {record.error or 'reason unknown'}"
+                  for record in cell.values() if record.status == "failed"]
+        for text in dict.fromkeys(" ".join(text.split()) for text in texts):
+            attacks.setdefault(text, []).append(name)
+    return [
+        *(text if len(names) == len(row.cells) > 1 else f"{', '.join(names)}: {text}"
+          for text, names in attacks.items()),
+        *row.remarks,
+    ]
+
+
+def _accuracy(name: str, counts: Sequence[int], n: int, failed: int = 0) -> Line:
+    """The columns of one accuracy, from the number of right images of each network."""
+    if not counts:
+        return {f"{name}_failed": failed}
+    got = estimate(counts, n)
+    values = (100 * got.mean, 100 * got.std, 100 * got.low, 100 * got.high, n, failed)
+    return {name + part: value for part, value in zip(PARTS, values, strict=True)}
+
+
+def _clean(row: Row) -> Line:
+    """Clean accuracy on the largest image set that any attack of the row finished on.
+
+    A seed on which no attack finished has no trustworthy clean count: it failed here too.
+    """
+    passed = [record for name in row.cells for record in row.passed(name)]
+    seeds = {record.seed for record in row.records}
+    if not passed:
+        return {"clean_failed": len(seeds)}
+    largest = max(passed, key=lambda record: record.n)
+    by_seed = {r.seed: r.n_correct for r in passed if r.data_sha256 == largest.data_sha256}
+    counts = [count for _, count in sorted(by_seed.items())]
+    return _accuracy("clean", counts, largest.n, len(seeds) - len(counts))
+
+
+def _worst(row: Row) -> Line:
+    found = worst_case(row)
+    return {} if found is None else _accuracy("worst", *found)

@@ -1,0 +1,175 @@
+"""The figures. Each function draws one; `gallery` decides which to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from robench.reports.record import Epoch, Transfer
+from robench.reports.statistics import Estimate, estimate
+from robench.reports.style import INK, NEUTRAL, Look, house_style, new_figure, pale, shorten
+from robench.reports.text import TITLES
+
+Curve = Sequence[tuple[float, Estimate]]  # (eps, accuracy)
+
+
+@house_style()
+def clean_vs_robust(
+    group: pd.DataFrame, attack: str, title: str, look: Mapping[str, Look]
+) -> Figure:
+    """Clean against robust accuracy with 95 % intervals, one point for each row.
+
+    `group` is rows of `tables.leaderboard` on which `attack` was measured, with a column `name`
+    for the labels, which stand in the right margin so that they never overlap.
+    """
+    figure, (axes,) = new_figure(7.5, max(4.2, 0.32 * len(group) + 1.0))
+    group = group.sort_values([attack, "name"])
+    low, high = group[f"{attack}_low"].min(), group[f"{attack}_high"].max()
+    pad = 0.06 * (high - low)
+    axes.set_ylim(low - pad, high + pad)
+    places = _spread([float((y - low + pad) / (high - low + 2 * pad)) for y in group[attack]],
+                     gap=0.22 / figure.get_figheight())
+    for line, place in zip(group.to_dict("records"), places, strict=True):
+        x, y, seen = line["clean"], line[attack], look[line["label"]]
+        axes.errorbar(
+            x, y,
+            xerr=[[x - line["clean_low"]], [line["clean_high"] - x]],
+            yerr=[[y - line[f"{attack}_low"]], [line[f"{attack}_high"] - y]],
+            color=seen.color, marker=seen.marker, markersize=7, linewidth=1, capsize=2,
+        )
+        axes.annotate(
+            shorten(line["name"]), (x, y), (1.03, place), textcoords="axes fraction",
+            va="center", arrowprops={"arrowstyle": "-", "color": seen.color, "linewidth": 0.6,
+                                     "alpha": 0.6, "shrinkB": 5, "relpos": (0, 0.5)},
+        )
+    axes.set(xlabel="clean accuracy (%)", title=shorten(title, 80),
+             ylabel=f"accuracy under {shorten(TITLES.get(attack, attack))} (%)")
+    return figure
+
+
+@house_style()
+def accuracy_over_eps(
+    curves: Mapping[str, tuple[str, Curve]], title: str, xlabel: str, look: Mapping[str, Look]
+) -> Figure:
+    """Accuracy against the attack's budget; bands are 95 % intervals.
+
+    `curves` maps the name of each line to the label that gives its look, and its points.
+    """
+    figure, (axes,) = new_figure(7.5, 4.2)
+    for name, (label, curve) in curves.items():
+        seen, budgets = look[label], [eps for eps, _ in curve]
+        axes.plot(budgets, [100 * e.mean for _, e in curve], label=shorten(name),
+                  color=seen.color, marker=seen.marker, markersize=5, clip_on=False)
+        axes.fill_between(budgets, [100 * e.low for _, e in curve],
+                          [100 * e.high for _, e in curve],
+                          color=seen.color, alpha=0.1, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel="accuracy (%)", title=shorten(title, 80), ylim=(0, None))
+    axes.set_xlim(left=0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+@house_style()
+def rob_f_bars(
+    groups: Mapping[str, tuple[str, Sequence[Transfer]]], title: str, look: Mapping[str, Look]
+) -> Figure:
+    """Rob_f(x_f*) and Rob_f(x_S*) of each network f, with 95 % intervals.
+
+    `groups` maps the name of each network to the label that gives its color, and its rows, one
+    for each seed.
+    """
+    figure, (axes,) = new_figure(7.5, 0.62 * len(groups) + 1.6)
+    for place, (label, transfers) in enumerate(groups.values()):
+        n = transfers[0].n
+        color = look[label].color
+        for counts, offset, shade in (
+            ([t.self_crafted for t in transfers], -0.19, pale(color)),
+            ([t.student_crafted for t in transfers], 0.19, color),
+        ):
+            got = estimate(counts, n)
+            axes.barh(place + offset, 100 * got.mean, 0.36, color=shade,
+                      xerr=[[100 * (got.mean - got.low)], [100 * (got.high - got.mean)]],
+                      error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
+    axes.set_yticks(range(len(groups)), [shorten(name) for name in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="accuracy of f (%)", title=shorten(title, 80), xlim=(0, None))
+    figure.legend(
+        handles=[Patch(color=pale(NEUTRAL)), Patch(color=NEUTRAL)],
+        labels=["on x_f*, crafted against f itself", "on x_S*, crafted against the student"],
+        loc="outside lower center", ncols=2,
+    )
+    return figure
+
+
+@house_style()
+def training_curves(
+    runs: Mapping[str, Sequence[Epoch]], title: str, look: Mapping[str, Look]
+) -> Figure:
+    """Clean and robust accuracy and the training loss over the epochs, a color for each defense.
+
+    `runs` maps labels to the epochs of all seeds; lines are means over seeds, bands go from the
+    lowest to the highest seed, dashed lines are averaged weights (SWA).
+    """
+    epochs = [epoch for run in runs.values() for epoch in run]
+    splits = sorted({"test (!)" if e.selection == "test" else "validation" for e in epochs})
+    figure, (clean, robust, loss) = new_figure(11.5, 3.8, panels=3)
+    for label, run in runs.items():
+        seen = look[label]
+        _over_epochs(clean, [(e.epoch, e.clean) for e in run], seen)
+        _over_epochs(clean, [(e.epoch, e.swa_clean) for e in run], seen, "--")
+        _over_epochs(robust, [(e.epoch, e.robust) for e in run], seen)
+        _over_epochs(robust, [(e.epoch, e.swa_robust) for e in run], seen, "--")
+        _over_epochs(loss, [(e.epoch, e.losses.get("total")) for e in run], seen)
+    clean.set(ylabel=f"clean {' / '.join(splits)} accuracy (%)")
+    robust.set(ylabel=f"robust {' / '.join(splits)} accuracy (%)", title=shorten(title, 80))
+    for axes in (clean, robust):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    loss.set(ylabel="training loss")
+    for axes in (clean, robust, loss):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles = [Line2D([], [], color=look[label].color, marker=look[label].marker, markersize=4)
+               for label in runs]
+    labels = [shorten(label) for label in runs]
+    if any(e.swa_clean is not None or e.swa_robust is not None for e in epochs):
+        handles.append(Line2D([], [], color=INK, linestyle="--"))
+        labels.append("averaged weights (SWA)")
+    figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places in [0, 1] near the wanted ones (ascending), at least `gap` apart if they fit."""
+    gap = min(gap, 1 / len(wanted))
+    places: list[float] = []
+    for want in wanted:
+        places.append(max(want, places[-1] + gap) if places else want)
+    limit = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
+def _over_epochs(
+    axes: Axes, points: Sequence[tuple[int, float | None]], look: Look, linestyle: str = "-"
+) -> None:
+    """The mean over seeds and the range of the seeds; epochs without a value are left out."""
+    by_epoch: dict[int, list[float]] = {}
+    for epoch, value in points:
+        if value is not None:
+            by_epoch.setdefault(epoch, []).append(value)
+    epochs = sorted(by_epoch)
+    values = [by_epoch[epoch] for epoch in epochs]
+    axes.plot(epochs, [fmean(v) for v in values], color=look.color, linestyle=linestyle,
+              linewidth=1.5, marker=look.marker, markersize=4, markevery=1 + len(epochs) // 8)
+    axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values],
+                      color=look.color, alpha=0.15, linewidth=0)

@@ -1,0 +1,123 @@
+"""The three data files of a run folder, read and written. No torch, no pandas."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from robench.errors import UsageError
+from robench.files import write_atomic
+from robench.reports.record import Epoch, Record, Transfer
+
+RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
+Line = TypeVar("Line", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that reports are made of.
+
+    `Record.flags` is an absolute path after `load` and `anchored`. A relative one is relative
+    to the folder of results.jsonl.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+
+
+def load(paths: Sequence[Path]) -> Results:
+    """Read and merge run folders, or the results.jsonl in them, in the order given.
+
+    Exact duplicates are dropped; two copies of a row that differ only in where the survival
+    flags lie are duplicates too, and the first one stays.
+
+    Raises:
+        UsageError: there is no results.jsonl, or a line of a file is not a row (the message
+            names the file and the line).
+    """
+    found = Results()
+    for path in paths:
+        folder = path.parent if path.name == RECORDS else path
+        if not (folder / RECORDS).is_file():
+            raise UsageError(f"{path}: no {RECORDS} there; name a run folder or its {RECORDS}")
+        part = Results(
+            _read(folder / RECORDS, Record),
+            _read(folder / TRANSFERS, Transfer),
+            _read(folder / EPOCHS, Epoch),
+        )
+        found.records.extend(anchored(part, folder).records)
+        found.transfers.extend(part.transfers)
+        found.epochs.extend(part.epochs)
+    return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs))
+
+
+def save(out: Path, results: Results) -> list[Path]:
+    """Write the three files into `out`, each whole or not at all; returns their paths.
+
+    Rows keep their order. Absolute paths of flags become relative to `out`, so that the folder
+    can be moved. Raises RobenchError if the disk refuses.
+    """
+    records = [
+        record.model_copy(update={"flags": _relative(record.flags, out)})
+        if os.path.isabs(record.flags) else record
+        for record in results.records
+    ]
+    files: tuple[tuple[str, Iterable[BaseModel]], ...] = (
+        (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs)
+    )
+    for name, lines in files:
+        write_atomic(out / name, "".join(f"{line.model_dump_json()}\n" for line in lines))
+    return [out / name for name, _ in files]
+
+
+def anchored(results: Results, folder: Path) -> Results:
+    """The same results with the paths of flags absolute, taken as relative to `folder`."""
+    records = [
+        record.model_copy(update={"flags": os.path.abspath(folder / record.flags)})
+        if record.flags else record
+        for record in results.records
+    ]
+    return replace(results, records=records)
+
+
+def _relative(flags: str, out: Path) -> str:
+    try:
+        return Path(os.path.relpath(flags, out)).as_posix()
+    except ValueError:  # another drive (Windows): there is no relative path
+        return flags
+
+
+def _read(path: Path, kind: type[Line]) -> list[Line]:
+    """One row a line; a file that is not there has no rows."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+            raise UsageError(f"{path}:{number}: not a {kind.__name__}: {reason}") from None
+    return rows
+
+
+def _unique(rows: Iterable[Line]) -> list[Line]:
+    """Without repetitions, in order of first appearance."""
+    seen: dict[str, Line] = {}
+    for row in rows:
+        seen.setdefault(row.model_dump_json(exclude={"flags"}), row)
+    return list(seen.values())

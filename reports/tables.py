@@ -1,0 +1,120 @@
+"""Results as pandas tables. `columns` says what the columns mean, `grouping` what a row is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from robench.reports.columns import (
+    COSTS,
+    IDENTITY,
+    Line,
+    accuracy_columns,
+    describe,
+    image_sets,
+    make_frame,
+    mark,
+    measured,
+)
+from robench.reports.compare import difference, find_baseline, robust_mean, strongest
+from robench.reports.grouping import Row, canonical, defense_names, groups, rows
+from robench.reports.record import Record, Transfer
+
+DELTA = ("delta", "delta_p", "delta_to", "delta_attack")
+ROB_F = ("dataset", "recipe", "model", "defense", "label", "checkpoint", "selection", "seed",
+         "network", "rob_f_self", "rob_f_student", "student_robust", "clean", "n", "attack",
+         "threat")
+
+
+def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
+    """The ranked networks, aggregated over seeds; `rank` restarts in each `group`.
+
+    A group has one data set, one threat model and one set of images per attack. It is ranked by
+    `rank_attack` (see `compare.strongest`); rows on which that attack failed have no rank. The
+    difference `delta`, in percentage points, is to the baseline `delta_to` under `delta_attack`.
+    """
+    table = rows([r for r in records if r.ranked and r.role == "table"])
+    lines = [
+        {**line, "group": number, "images": image_sets(group)}
+        for number, group in enumerate(groups(table), start=1)
+        for line in _ranking(group)
+    ]
+    columns = ("group", "rank", "rank_attack", *IDENTITY, *accuracy_columns(table), *DELTA, *COSTS)
+    return make_frame(lines, columns)
+
+
+def other_checkpoints(records: Sequence[Record]) -> pd.DataFrame:
+    """The networks outside the ranking (the peer, the last epoch, ...), aggregated over seeds."""
+    table = rows([r for r in records if not r.ranked and r.role == "table"])
+    return make_frame([describe(row) for row in table],
+                      (*IDENTITY, *accuracy_columns(table), *COSTS))
+
+
+def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.DataFrame:
+    """The Rob_f analysis of PeerAiD, one row per network f and seed, accuracies in percent.
+
+    `rob_f_self` is f's accuracy on x_f*, crafted against f; `rob_f_student` is f's on x_S*,
+    crafted against the student. How the student was selected, and the options that tell two
+    configurations of a defense apart, are known only from `records` of the same runs.
+    """
+    labels = run_labels(records)
+    selections = {(r.run, r.checkpoint): r.selection for r in records}
+    lines = [
+        {
+            **t.model_dump(include=set(ROB_F)),
+            "label": labels.get(t.run, t.defense),
+            "selection": mark(selections.get((t.run, t.checkpoint), "")),
+            "rob_f_self": 100 * t.self_crafted / t.n,
+            "rob_f_student": 100 * t.student_crafted / t.n,
+            "student_robust": 100 * t.student_robust / t.n,
+            "clean": 100 * t.clean / t.n,
+        }
+        for t in transfers
+    ]
+    return make_frame(lines, ROB_F)
+
+
+def run_labels(records: Iterable[Record]) -> dict[str, str]:
+    """The label of the defense behind each training run, by the run's key."""
+    records = list(records)
+    names = defense_names(records)
+    return {r.run: names[r.dataset, r.defense, canonical(r.defense_config)]
+            for r in records if r.run}
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Full precision. The cell of an accuracy that failed on every seed says "failed"."""
+    frame = frame.copy()
+    for name in measured(frame):
+        failed = frame[name].isna() & (frame[f"{name}_failed"].fillna(0) > 0)
+        frame[name] = frame[name].astype(object).mask(failed, "failed")
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _ranking(group: Sequence[Row]) -> list[Line]:
+    """A line per row, most robust first; equals share a rank, rows without one come last."""
+    attack = strongest(group)
+    scored = [(robust_mean(row, attack) if attack else math.nan, row) for row in group]
+    scores = sorted((score for score, _ in scored if not math.isnan(score)), reverse=True)
+    lines = [
+        {
+            **describe(row),
+            "rank": None if math.isnan(score) else scores.index(score) + 1,
+            "rank_attack": attack,
+            **_difference(row, group, attack),
+        }
+        for score, row in scored
+    ]
+    return sorted(lines, key=lambda line: (
+        line["rank"] or math.inf, -line.get("clean", -math.inf), line["label"]
+    ))
+
+
+def _difference(row: Row, group: Sequence[Row], attack: str | None) -> Line:
+    baseline = find_baseline(row, group)
+    found = None if baseline is None or baseline is row else difference(row, baseline, attack)
+    if found is None:
+        return {}
+    return dict(zip(DELTA, (found.points, found.p, found.baseline, found.attack), strict=True))

@@ -1,0 +1,131 @@
+"""Tables for people: how numbers are written, and a table as Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+NOTHING = "–"
+TITLES = {"clean": "Clean", "fgsm": "FGSM", "pgd-20": "PGD-20", "cw": "CW",
+          "autoattack": "AutoAttack", "worst": "Worst case"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what it says. detail: what a wide page adds to it in small print.
+        sort: the number to sort by where `text` does not begin with it.
+    """
+
+    text: str
+    detail: str = ""
+    sort: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column under its title; `words` are aligned left, numbers right."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Board:
+    """A table for people.
+
+    Attributes:
+        title: the heading. facts: what holds for all rows. remarks: what is to be known about
+            single rows.
+        lead: title of the column the table is ranked by; Markdown prints its details.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    facts: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    lead: str | None = None
+
+    @property
+    def rows(self) -> list[tuple[Cell, ...]]:
+        return list(zip(*(column.cells for column in self.columns), strict=True))
+
+
+def percent(value: float, n: int) -> str:
+    """A percentage: two decimals from 1,000 images on, one below."""
+    return f"{value:.{_decimals(n)}f}"
+
+
+def points(value: float, n: int) -> str:
+    """A difference in percentage points, signed, with a true minus."""
+    return f"{value:+.{_decimals(n)}f}".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    if math.isnan(p):
+        return "not paired"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 5.0 min or 3.2 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: float) -> str:
+    """950, 12.3 k or 11.2 M."""
+    for size, unit in ((1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def accuracy(
+    mean: float, std: float, low: float, high: float, *, n: int, failed: int, show_n: bool
+) -> Cell:
+    """`mean ± std over seeds`, the interval as detail; a failure is said, never left out.
+
+    The four numbers are in percent, NaN where unknown; `failed` counts seeds.
+    """
+    if math.isnan(mean):
+        return Cell("failed" if failed else NOTHING)
+    spread = "" if math.isnan(std) else f" ± {percent(std, n)}"
+    loss = f" ({failed} failed)" if failed else ""
+    images = f" (n = {n:,})" if show_n else ""
+    return Cell(f"{percent(mean, n)}{spread}{loss}{images}",
+                f"[{percent(low, n)}, {percent(high, n)}]")
+
+
+def markdown(board: Board) -> str:
+    """A heading, the facts, the table and the remarks, in GitHub's Markdown."""
+    facts = [f"- {_escape(fact)}" for fact in board.facts]
+    columns = [_aligned(column, column.title == board.lead) for column in board.columns]
+    lines = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+    remarks = [f"- {_escape(remark)}" for remark in board.remarks]
+    blocks = [[f"## {_escape(board.title)}"], facts, lines, remarks]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _decimals(n: int) -> int:
+    return 2 if n >= 1000 else 1
+
+
+def _escape(text: str) -> str:
+    """One line in which names mean nothing to Markdown or HTML."""
+    return re.sub(r"([\\`*<>|&~])", r"\\\1", " ".join(text.split()))
+
+
+def _aligned(column: Column, with_details: bool) -> list[str]:
+    """Title, rule and cells, padded so that the source reads as a table too."""
+    texts = [f"{cell.text} {cell.detail}" if with_details else cell.text for cell in column.cells]
+    title, *cells = (_escape(text) for text in (column.title, *texts))
+    width = max(3, len(title), *map(len, cells))
+    if column.words:
+        return [title.ljust(width), ":" + "-" * (width - 1), *(c.ljust(width) for c in cells)]
+    return [title.rjust(width), "-" * (width - 1) + ":", *(c.rjust(width) for c in cells)]

@@ -1,0 +1,67 @@
+"""The built-in reports. To add one: a function from results and folder to paths, registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robench.files import write_atomic
+from robench.reports import tables
+from robench.reports.base import REPORTS
+from robench.reports.boards import leaderboards
+from robench.reports.gallery import draw_all
+from robench.reports.page import page
+from robench.reports.store import Results
+from robench.reports.style import to_png, to_svg
+from robench.reports.text import markdown
+
+
+@REPORTS.register("leaderboard-csv", description="leaderboard.csv: full precision, in percent")
+def leaderboard_csv(results: Results, out: Path) -> list[Path]:
+    return _write(out / "leaderboard.csv", tables.to_csv(tables.leaderboard(results.records)))
+
+
+@REPORTS.register("leaderboard-md", description="leaderboard.md: compact, as in the terminal")
+def leaderboard_md(results: Results, out: Path) -> list[Path]:
+    return _write(out / "leaderboard.md", leaderboard_text(results))
+
+
+@REPORTS.register("leaderboard-html", description="leaderboard.html: everything on one page")
+def leaderboard_html(results: Results, out: Path) -> list[Path]:
+    return _write(out / "leaderboard.html", page(results))
+
+
+@REPORTS.register("rob-f-csv", description="rob_f.csv: each network on its own examples and on "
+                                           "the student's", paper="Jung et al. 2024 (PeerAiD)")
+def rob_f_csv(results: Results, out: Path) -> list[Path]:
+    frame = tables.rob_f(results.transfers, results.records)
+    return _write(out / "rob_f.csv", tables.to_csv(frame))
+
+
+@REPORTS.register("figures", description="figures/*.png and *.svg")
+def figures(results: Results, out: Path) -> list[Path]:
+    paths = []
+    for drawing in draw_all(results):
+        stem = out / "figures" / drawing.name
+        paths += _write(stem.with_suffix(".png"), to_png(drawing.figure))
+        paths += _write(stem.with_suffix(".svg"), to_svg(drawing.figure, drawing.name))
+    return paths
+
+
+def leaderboard_text(results: Results) -> str:
+    """The leaderboards in Markdown, and what their columns mean."""
+    boards = leaderboards(tables.leaderboard(results.records))
+    if not boards:
+        return "# Leaderboard\n\nNothing is ranked yet.\n"
+    return "\n".join(["# Leaderboard\n", *map(markdown, boards), LEGEND])
+
+
+LEGEND = """\
+Accuracies in percent; ± is the standard deviation over seeds, [ ] the 95 % Wilson interval of
+the sampling error. p is the exact McNemar test on the same images (with several seeds: the sign
+test over images), not corrected for the number of rows.
+"""
+
+
+def _write(path: Path, content: bytes | str) -> list[Path]:
+    write_atomic(path, content)
+    return [path]

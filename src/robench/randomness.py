@@ -1,0 +1,23 @@
+"""Seeds. Every random stream is named, so that what runs before it cannot change it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed in [0, 2^63) for the stream called `names` of a run with this seed."""
+    text = "\x1f".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def seeded(seed: int, *names: object) -> Iterator[None]:
+    """Seed torch's global generators inside; restore them afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, *names))
+        yield

@@ -1,0 +1,137 @@
+"""Gradient attacks on a linear model, whose nearest boundary point is known in closed form."""
+
+import pytest
+import torch
+from torch import nn
+
+from robench.attacks import ThreatModel, make_attack, verify
+from robench.errors import UsageError
+
+SHAPE = (3, 8, 8)
+DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
+GAP = {"Linf": 1.0, "L2": 0.1, "L1": 0.01}  # keeps every boundary point inside [0, 1]
+
+
+class Linear(nn.Module):
+    """Two classes with scores +-(w x + b) / 2; a third one with a low, constant score."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        d = SHAPE[0] * SHAPE[1] * SHAPE[2]
+        sign = torch.where(torch.rand(d, generator=generator) < 0.5, -1.0, 1.0)
+        # Entries between 0.9 and 1 in size: in L1 one pixel is nearly as good as another.
+        w = sign * (0.9 + 0.1 * torch.rand(d, generator=generator))
+        self.register_buffer("w", w.to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = (x.flatten(1) - 0.5) @ self.w / 2
+        return torch.stack([half, -half, torch.full_like(half, -30.0)], 1)
+
+
+def images_at_distance(model: Linear, norm: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Images near mid gray with labels, all at the same distance from the boundary."""
+    w = model.w
+    x = 0.5 + 0.05 * torch.randn(6, w.numel(), generator=torch.Generator().manual_seed(1)).to(w)
+    y = torch.arange(6) % 2
+    side = torch.where(y == 0, GAP[norm], -GAP[norm]).to(w)
+    x = x + ((side - (x - 0.5) @ w) / (w @ w))[:, None] * w
+    # |w x + b| = GAP, so the boundary is GAP / ||w||_dual away (Hoelder).
+    margin = GAP[norm] / float(torch.linalg.vector_norm(w, ord=DUAL[norm]))
+    return x.view(-1, *SHAPE), y, margin
+
+
+ATTACKS = [
+    ("fgsm", {}),
+    ("pgd", {"steps": 40}),
+    ("pgd", {"steps": 40, "loss": "dlr", "start": "none"}),
+    ("pgd", {"steps": 20, "loss": "cw", "restarts": 2}),
+    ("cw", {"steps": 40}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize(("name", "options"), ATTACKS)
+def test_budget_decides(name, options, norm, dtype):
+    """A little more than the margin flips every label, a little less flips none."""
+    if name == "fgsm" and norm == "L1":
+        pytest.skip("one step spreads over 1 % of the pixels and is no longer optimal in L1")
+    model = Linear(dtype)
+    x, y, margin = images_at_distance(model, norm)
+    assert (model(x).argmax(1) == y).all()
+    enough = ThreatModel(norm, margin * (1.2 if norm == "L1" else 1.05))
+    x_adv = make_attack(name, enough, **options)(model, x, y)
+    assert x_adv.dtype == dtype
+    assert ((x_adv > 0) & (x_adv < 1)).all()  # the box was never in the way
+    assert verify(model, x, x_adv, y, enough).fooled.all()
+    too_little = ThreatModel(norm, margin * 0.95)
+    x_adv = make_attack(name, too_little, **options)(model, x, y)
+    verdict = verify(model, x, x_adv, y, too_little)
+    assert not verdict.fooled.any() and not verdict.outside.any()
+
+
+def banded(x: torch.Tensor) -> torch.Tensor:
+    """Wrong only where the mean lies in a band; the gradient points through it and beyond."""
+    mean = x.flatten(1).mean(1)
+    in_band = ((mean > 0.54) & (mean < 0.57)).to(x)
+    return torch.stack([1 - mean, mean - 1 + 10 * in_band], 1)
+
+
+def test_an_earlier_adversarial_iterate_counts():
+    x, y = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    attack = make_attack(
+        "pgd", ThreatModel("Linf", 0.1), steps=5, step_size=0.02, start="none"
+    )
+    assert (banded(x + 0.1).argmax(1) == y).all()  # where the ascent ends
+    x_adv = attack(banded, x, y)
+    assert (banded(x_adv).argmax(1) != y).all()
+    torch.testing.assert_close(x_adv, torch.full_like(x, 0.56))
+
+
+def test_a_misclassified_image_is_returned_as_it_is():
+    model = Linear(torch.float32)
+    x, y, _ = images_at_distance(model, "Linf")
+    attack = make_attack("pgd", ThreatModel("Linf", 0.01), start="none")
+    assert torch.equal(attack(model, x, 1 - y), x)
+
+
+def test_restarts_differ_and_stop_when_all_have_fallen():
+    model = Linear(torch.float32)
+    x, y, margin = images_at_distance(model, "Linf")
+    calls = []
+
+    def counted(z: torch.Tensor) -> torch.Tensor:
+        calls.append(len(z))
+        return model(z)
+
+    threat = ThreatModel("Linf", margin * 1.05)
+    make_attack("pgd", threat, steps=40, restarts=9)(counted, x, y)
+    assert len(calls) == 41  # one run: 40 gradients and a look at the last iterate
+    weak = ThreatModel("Linf", margin / 2)
+    make_attack("pgd", weak, steps=1, restarts=3)(counted, x, y)
+    assert len(calls) == 41 + 3 * 2
+
+
+def test_steps_in_the_name():
+    threat = ThreatModel("Linf", 0.1)
+    assert make_attack("pgd-7", threat) == make_attack("pgd", threat, steps=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pdg", {}, "Did you mean: pgd"),
+        ("pgd-x", {}, "unknown attack"),
+        ("pgd", {"stepsize": 1}, "stepsize"),
+        ("pgd", {"loss": "cwe"}, "unknown loss"),
+        ("pgd", {"restarts": 0}, "restarts must be >= 1"),
+        ("pgd", {"steps": -1}, "steps must be >= 0"),
+        ("pgd", {"step_size": float("nan")}, "step_size must be >= 0"),
+        ("pgd", {"start": "zero"}, "unknown start"),
+        ("nosuchlibrary:PGD", {}, "unknown attack adapter"),
+    ],
+)
+def test_errors(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_attack(name, ThreatModel("Linf", 0.1), **options)

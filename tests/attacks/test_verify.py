@@ -1,0 +1,112 @@
+"""verify: what counts as an adversarial example."""
+
+import pytest
+import torch
+from torch import nn
+
+from robench.attacks import ThreatModel, verify
+from robench.attacks.verify import full_precision
+
+THREAT = ThreatModel("Linf", 0.1)
+Y = torch.zeros(4, dtype=torch.int64)
+
+
+def always_wrong(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([0.0, 1.0]).repeat(len(x), 1)
+
+
+def gray(value: float = 0.5) -> torch.Tensor:
+    return torch.full((4, 1, 2, 2), value)
+
+
+def test_inside_and_misclassified_counts():
+    verdict = verify(always_wrong, gray(), gray(0.6), Y, THREAT)
+    assert verdict.fooled.all() and not verdict.outside.any()
+    torch.testing.assert_close(verdict.distance, torch.full((4,), 0.1, dtype=torch.float64))
+    assert not verify(always_wrong, gray(), gray(0.6), Y + 1, THREAT).fooled.any()
+
+
+@pytest.mark.parametrize("threat", ["Linf:0.1", "L2:0.1", "L1:0.1"])
+@pytest.mark.parametrize(
+    "pixel", [0.601, 0.399, float("nan"), float("inf"), -float("inf")]
+)
+def test_outside_the_ball_never_counts(threat, pixel):
+    x_adv = gray()
+    x_adv[1, 0, 1, 1] = pixel
+    verdict = verify(always_wrong, gray(), x_adv, Y, ThreatModel.parse(threat))
+    assert verdict.outside.tolist() == [False, True, False, False]
+    assert verdict.fooled.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("edge", "beyond"), [(0.0, -1e-6), (1.0, 1 + 1e-6)])
+def test_outside_the_box_never_counts(edge, beyond):
+    assert verify(always_wrong, gray(edge), gray(edge), Y, THREAT).fooled.all()
+    assert not verify(always_wrong, gray(edge), gray(beyond), Y, THREAT).fooled.any()
+
+
+def test_tolerance_is_rounding_and_no_more():
+    x = gray().double()
+    for excess, outside in [(5e-6, False), (2e-5, True)]:
+        x_adv = x + THREAT.eps * (1 + excess)
+        assert verify(always_wrong, x, x_adv, Y, THREAT).outside.all() == outside
+    zero = ThreatModel("Linf", 0.0)
+    assert not verify(always_wrong, gray(), gray(), Y, zero).outside.any()
+    assert verify(always_wrong, gray(), gray(0.5 + 1e-6), Y, zero).outside.all()
+
+
+def test_modes_are_eval_inside_and_restored():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net[2].eval()
+    modes = [module.training for module in net.modules()]
+    statistics = net[1].running_mean.clone()
+    seen = []
+    net.register_forward_hook(lambda module, *_: seen.extend(m.training for m in module.modules()))
+    verify(net, gray(), gray(0.55), Y, THREAT)
+    assert seen == [False] * 5
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(net[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_off_inside_and_restored(tf32):
+    conv, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = conv.allow_tf32, matmul.allow_tf32
+    seen = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append((conv.allow_tf32, matmul.allow_tf32))
+        return always_wrong(x)
+
+    try:
+        conv.allow_tf32 = matmul.allow_tf32 = tf32
+        verify(model, gray(), gray(), Y, THREAT)
+        assert seen == [(False, False)]
+        assert (conv.allow_tf32, matmul.allow_tf32) == (tf32, tf32)
+        with pytest.raises(ZeroDivisionError), full_precision():
+            raise ZeroDivisionError
+        assert (conv.allow_tf32, matmul.allow_tf32) == (tf32, tf32)
+    finally:
+        conv.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_no_autocast_inside():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    dtypes = []
+    net.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        verify(net, gray(), gray(), Y, THREAT)
+    assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seen"), [(torch.float16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_precision_of_the_check(dtype, seen):
+    dtypes = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        dtypes.append(x.dtype)
+        return always_wrong(x)
+
+    verify(model, gray().to(dtype), gray().to(dtype), Y, THREAT)
+    assert dtypes == [seen]
