@@ -72,7 +72,7 @@ def describe(row: Row) -> Line:
         **row.key._asdict(),
         "label": row.label,
         "images": image_sets([row]),
-        "selection": ", ".join(sorted({mark(r.selection) for r in networks})),
+        "selection": ", ".join(sorted({mark(r.selection) for r in row.records})),
         "baseline": row.baseline,
         "seeds": len(networks),
         "train_seconds": sum(r.train_seconds for r in networks) / len(networks),
@@ -81,7 +81,7 @@ def describe(row: Row) -> Line:
         "parameters": max(r.parameters for r in networks),
         "warnings": len(warnings),
         "warning_text": "; ".join(warnings),
-        "notes": "; ".join(dict.fromkeys(note for r in networks for note in r.notes)),
+        "notes": "; ".join(dict.fromkeys(note for r in row.records for note in r.notes)),
     }
     for name, cell in row.cells.items():
         passed = row.passed(name)
