@@ -23,10 +23,14 @@ Nets = Mapping[str, nn.Module]  # "student", and "teacher" or "peer" where a met
 
 @dataclass(slots=True)
 class Losses:
-    """The outcome of one outer step."""
+    """The outcome of one outer step: named terms, weighted, whose sum is minimized."""
 
-    total: Tensor  # () the one scalar that is backpropagated
     parts: dict[str, Tensor]  # () each, logged
+
+    @property
+    def total(self) -> Tensor:
+        """The one scalar that is backpropagated."""
+        return torch.stack(list(self.parts.values())).sum()
 
 
 class Defense(ABC):

@@ -2,7 +2,7 @@
 
 Every accuracy `<a>` (of "clean", an attack or "worst") comes with `<a>_std`, `<a>_low`,
 `<a>_high`, `<a>_n` and `<a>_failed`: standard deviation over seeds, 95 % interval of the sampling
-error, images, and seeds whose measurement failed. `statistics` says what these mean. All are in
+error, images, and seeds whose measurement failed. `uncertainty` says what these mean. All are in
 percent but the last two. Nothing is rounded.
 """
 
@@ -15,7 +15,7 @@ import pandas as pd
 
 from robench.reports.compare import worst_case
 from robench.reports.grouping import Row
-from robench.reports.statistics import estimate
+from robench.reports.uncertainty import estimate
 
 STANDARD = ("clean", "fgsm", "pgd-20", "cw", "autoattack")
 PARTS = ("", "_std", "_low", "_high", "_n", "_failed")

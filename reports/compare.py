@@ -15,7 +15,7 @@ import numpy.typing as npt
 from robench.errors import RobenchError
 from robench.reports.grouping import AUTOATTACK, Row
 from robench.reports.record import Record
-from robench.reports.statistics import paired_p
+from robench.reports.uncertainty import paired_p
 
 Flags = npt.NDArray[np.bool_]
 
@@ -26,7 +26,7 @@ class Difference:
 
     Attributes:
         points: in percentage points of robust accuracy.
-        p: of the paired test (see `statistics`); NaN where the two cannot be paired.
+        p: of the paired test (see `uncertainty`); NaN where the two cannot be paired.
     """
 
     baseline: str
@@ -112,7 +112,7 @@ def survival(record: Record) -> tuple[Flags, Flags] | None:
     if not record.flags or not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             correct, robust = arrays["correct"], arrays["robust"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RobenchError(f"cannot read the survival flags {path}: {error}") from None

@@ -13,9 +13,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from robench.reports.record import Epoch, Transfer
-from robench.reports.statistics import Estimate, estimate
 from robench.reports.style import INK, NEUTRAL, Look, house_style, new_figure, pale, shorten
 from robench.reports.text import TITLES
+from robench.reports.uncertainty import Estimate, estimate
 
 Curve = Sequence[tuple[float, Estimate]]  # (eps, accuracy)
 

@@ -17,11 +17,11 @@ from robench.reports.figures import (
 )
 from robench.reports.grouping import Key, Row, canonical, distinct, rows
 from robench.reports.record import Epoch, Record, Transfer
-from robench.reports.statistics import Estimate, estimate
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
 from robench.reports.tables import leaderboard, run_labels
 from robench.reports.text import TITLES
+from robench.reports.uncertainty import Estimate, estimate
 
 Looks = Mapping[str, Look]
 
@@ -101,14 +101,15 @@ def _over_eps(records: list[Record], look: Looks) -> Iterator[Drawing]:
 
 
 def _rob_f(transfers: list[Transfer], labels: Mapping[str, str], look: Looks) -> Iterator[Drawing]:
-    """One for each data set, threat model, attack, model and recipe."""
+    """One for each data set, threat model, attack, model, recipe and set of images."""
     panels: dict[tuple[str, ...], dict[str, tuple[str, list[Transfer]]]] = {}
     for t in transfers:
         label = labels.get(t.run, t.defense)
-        panel = panels.setdefault((t.dataset, t.threat, t.attack, t.model, t.recipe), {})
+        place = (t.dataset, t.threat, t.attack, t.model, t.recipe, t.data_sha256)
+        panel = panels.setdefault(place, {})
         panel.setdefault(f"{label}: {t.network}", (label, []))[1].append(t)
-    for place, groups in panels.items():
-        title = ", ".join(place)
+    for (*shown, _), groups in panels.items():
+        title = ", ".join(shown)
         yield Drawing(
             f"rob-f {title}",
             f"{title}. Accuracy of each network f on examples crafted against f itself (x_f*) and "

@@ -46,8 +46,7 @@ class AdaAD(Adversarial):
         student, teacher = nets["student"], nets["teacher"]
         clean = self._reduce(clean_logits(teacher, x), student(x))
         adv = self._reduce(clean_logits(teacher, x_adv), student(x_adv))
-        total = self.alpha * adv + (1 - self.alpha) * clean
-        return Losses(total, {"kl_adv": adv, "kl_clean": clean})
+        return Losses({"kl_adv": self.alpha * adv, "kl_clean": (1 - self.alpha) * clean})
 
     def _reduce(self, target: Tensor, logits: Tensor) -> Tensor:
         divergence = kl(target, logits)

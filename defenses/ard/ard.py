@@ -49,5 +49,4 @@ class ARD(Adversarial):
         target = clean_logits(nets["teacher"], x)
         distill = t * t * mean_over_classes(kl(target, student(x_adv), t), target)
         natural = F.cross_entropy(student(x), y)
-        total = self.alpha * distill + (1 - self.alpha) * natural
-        return Losses(total, {"kl_teacher": distill, "ce": natural})
+        return Losses({"kl_teacher": self.alpha * distill, "ce": (1 - self.alpha) * natural})

@@ -81,8 +81,7 @@ class PeerAiD(Adversarial):
                 clean.detach() if self.detach_clean else clean, adv, self.temperature
             ),
         }
-        parts = peer_parts | student_parts
-        return Losses(sum(parts.values(), start=adv.new_zeros(())), parts)
+        return Losses(peer_parts | student_parts)
 
     @staticmethod
     def _kl(target: Tensor, logits: Tensor, temperature: float) -> Tensor:

@@ -36,8 +36,7 @@ class PGDAT(Adversarial):
         return self.attack(student, x, lambda z: ce(student(z), y))
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
-        adv = F.cross_entropy(nets["student"](x_adv), y)
-        return Losses(adv, {"ce_adv": adv})
+        return Losses({"ce_adv": F.cross_entropy(nets["student"](x_adv), y)})
 
     def after_step(self, nets: Nets, x: Tensor, y: Tensor) -> None:
         if self.extra_clean_forward:

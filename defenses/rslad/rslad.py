@@ -43,5 +43,7 @@ class RSLAD(Adversarial):
         adv = kl(target, student(x_adv)).mean()
         clean = kl(target, student(x)).mean()
         share = self.adversarial_share
-        total = self.weight * (share * adv + (1 - share) * clean)
-        return Losses(total, {"kl_adv": adv, "kl_clean": clean})
+        return Losses({
+            "kl_adv": self.weight * share * adv,
+            "kl_clean": self.weight * (1 - share) * clean,
+        })

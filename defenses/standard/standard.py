@@ -19,5 +19,4 @@ class Standard(Defense):
         return x.detach()
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
-        ce = F.cross_entropy(nets["student"](x), y)
-        return Losses(ce, {"ce": ce})
+        return Losses({"ce": F.cross_entropy(nets["student"](x), y)})

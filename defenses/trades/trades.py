@@ -36,4 +36,4 @@ class TRADES(Adversarial):
         natural = F.cross_entropy(student(x), y)
         adv = student(x_adv)
         robust = kl(student(x), adv).mean()
-        return Losses(natural + self.beta * robust, {"ce": natural, "kl": robust})
+        return Losses({"ce": natural, "kl": self.beta * robust})

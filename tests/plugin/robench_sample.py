@@ -43,5 +43,5 @@ class Smooth(Defense):
         return x.detach()
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
-        ce = F.cross_entropy(nets["student"](x_adv), y, label_smoothing=self.smoothing)
-        return Losses(ce, {"ce": ce})
+        logits = nets["student"](x_adv)
+        return Losses({"ce": F.cross_entropy(logits, y, label_smoothing=self.smoothing)})

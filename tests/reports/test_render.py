@@ -1,0 +1,82 @@
+import pandas as pd
+import pytest
+
+from robench.errors import RobenchError
+from robench.reports import REPORTS, Results, load, render
+from robench.reports.base import Report
+
+FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "leaderboard.csv", "leaderboard.md",
+         "leaderboard.html", "rob_f.csv"}
+
+
+@pytest.fixture(scope="session")
+def rendered(campaign, tmp_path_factory):
+    """The folder and the paths of a rendered campaign."""
+    out = tmp_path_factory.mktemp("rendered")
+    return out, render(campaign, out)
+
+
+def test_all_files_are_written(rendered):
+    out, paths = rendered
+    names = {path.relative_to(out).as_posix() for path in paths}
+    figures = {name for name in names if name.startswith("figures/")}
+    assert names - figures == FILES and len(figures) == 8
+    assert all(path.stat().st_size for path in paths)
+    assert [path.name for path in paths[:3]] == ["results.jsonl", "transfer.jsonl",
+                                                 "training.jsonl"]
+    assert set(out.rglob("*")) - set(paths) == {out / "figures"}
+
+
+def test_a_second_render_changes_no_byte(rendered):
+    out, paths = rendered
+    before = {path: path.read_bytes() for path in paths}
+    assert render(load([out]), out) == paths
+    for path in paths:
+        assert path.read_bytes() == before[path], path.name
+
+
+def test_relative_flags_are_found_beside_the_results(make_record, write_flags, tmp_path):
+    records = []
+    for name, count in (("trades", 200), ("peeraid", 210)):
+        write_flags(tmp_path / "eval" / f"{name}.npz", [True] * 400,
+                    [i < count for i in range(400)])
+        records.append(make_record(defense=name, n_correct=400, n_robust=count,
+                                   baseline=name == "trades", flags=f"eval/{name}.npz"))
+    render(Results(records), tmp_path)
+    frame = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert list(frame["delta_p"].dropna()) == [pytest.approx(2 / 2**10)]
+
+
+def test_without_results_the_tables_are_headers(tmp_path):
+    render(Results(), tmp_path)
+    for name in ("leaderboard.csv", "rob_f.csv"):
+        assert len((tmp_path / name).read_text().splitlines()) == 1
+    assert not (tmp_path / "figures").exists()
+
+
+def test_data_are_safe_when_a_report_fails(campaign, tmp_path, write_flags):
+    first, *others = campaign.records
+    flags = write_flags(tmp_path / "other.npz", [True], [True])
+    results = Results([first.model_copy(update={"flags": flags}), *others])
+    with pytest.raises(RobenchError, match="do not fit"):
+        render(results, tmp_path / "out")
+    assert load([tmp_path / "out"]) == results
+
+
+@pytest.mark.parametrize("entry", list(REPORTS), ids=lambda entry: entry.name)
+def test_every_report_takes_results_without_rows(entry, tmp_path):
+    report: Report = entry.value
+    assert all(path.is_file() for path in report(Results(), tmp_path))
+    assert entry.description
+
+
+@pytest.mark.parametrize("heavy", ["torch", "pandas", "matplotlib"])
+def test_importing_reports_is_light(run_python, heavy):
+    assert run_python(f"import sys, robench.reports; sys.exit({heavy!r} in sys.modules)") == 0
+
+
+def test_rendering_never_imports_torch(run_python, tmp_path):
+    code = ("import sys, pathlib; from robench.reports import Results, render, summary;"
+            "render(Results(), pathlib.Path(sys.argv[1])); summary(Results());"
+            "sys.exit('torch' in sys.modules)")
+    assert run_python(code, str(tmp_path)) == 0
