@@ -143,7 +143,8 @@ def measure(
     """
     attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
-    done, robust, seconds, farthest, violations = _load_partial(partial, target.correct[:n])
+    kept = _load_partial(partial, target.correct[:n])
+    done, robust, seconds, farthest, violations, notes = kept
     for start in range(done, n, target.batch_size):
         stop = min(start + target.batch_size, n)
         began = time.perf_counter()
@@ -153,13 +154,14 @@ def measure(
             x, y = x[todo], y[todo]
             with seeded(seed, "attack", spec.label, start):
                 x_adv = attack(target.model, x, y)
+            notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
             verdict = verify(target.model, x, x_adv, y, threat)
             robust[start:stop][todo.cpu().numpy()] = ~verdict.fooled.cpu().numpy()
             violations += int(verdict.outside.sum())
             if bool(verdict.fooled.any()):
                 farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
         seconds += time.perf_counter() - began
-        _save_partial(partial, stop, robust, seconds, farthest, violations)
+        _save_partial(partial, stop, robust, seconds, farthest, violations, notes)
         progress(stop, n, int(robust[:stop].sum()))
     return Measurement(
         attack=spec,
@@ -170,7 +172,7 @@ def measure(
         seconds=seconds,
         max_distance=farthest,
         violations=violations,
-        notes=tuple(getattr(attack, "notes", ())),
+        notes=tuple(notes),
     )
 
 
@@ -203,22 +205,26 @@ def _npz(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _load_partial(path: Path | None, correct: Flags) -> tuple[int, Flags, float, float, int]:
-    """(images done, robust flags, seconds, largest distance, violations) so far."""
+def _load_partial(
+    path: Path | None, correct: Flags
+) -> tuple[int, Flags, float, float, int, list[str]]:
+    """(images done, robust flags, seconds, largest distance, violations, notes) so far."""
     if path is not None and path.exists():
         try:
             with np.load(path, allow_pickle=False) as kept:
                 if len(kept["robust"]) == len(correct):
                     return (int(kept["done"]), kept["robust"].copy(), float(kept["seconds"]),
-                            float(kept["farthest"]), int(kept["violations"]))
+                            float(kept["farthest"]), int(kept["violations"]),
+                            [str(note) for note in kept["notes"]])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             pass  # a damaged file of finished batches only costs time: start over
-    return 0, correct.copy(), 0.0, 0.0, 0
+    return 0, correct.copy(), 0.0, 0.0, 0, []
 
 
 def _save_partial(
-    path: Path | None, done: int, robust: Flags, seconds: float, farthest: float, violations: int
+    path: Path | None, done: int, robust: Flags, seconds: float, farthest: float, violations: int,
+    notes: list[str],
 ) -> None:
     if path is not None:
         write_atomic(path, _npz(done=done, robust=robust, seconds=seconds, farthest=farthest,
-                                violations=violations))
+                                violations=violations, notes=np.array(notes, dtype=str)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -121,6 +122,22 @@ def isolated(model: Classifier, seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         sys.settrace(trace)
+
+
+@contextlib.contextmanager
+def logged_warnings(logger: str) -> Iterator[list[str]]:
+    """Collect what a library logs as a warning, one line each, instead of printing it."""
+    source, found = logging.getLogger(logger), list[str]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(" ".join(record.getMessage().split()))  # type: ignore[method-assign]
+    propagate = source.propagate
+    source.addHandler(handler)
+    source.propagate = False
+    try:
+        yield found
+    finally:
+        source.removeHandler(handler)
+        source.propagate = propagate
 
 
 def allowed(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robench.attacks.adapters import Shield, allowed, draw_seed, isolated, library
+from robench.attacks.adapters import Shield, allowed, draw_seed, isolated, library, logged_warnings
 from robench.attacks.base import ADAPTERS, Attack, Classifier
 from robench.attacks.threat import ThreatModel
 from robench.errors import UsageError
@@ -27,7 +27,8 @@ class PyAutoAttack:
     the original asks for targets that do not exist; parts whose loss is undefined (DLR with
     K = 2, targeted DLR with K < 4) are left out, and `notes` names them. A single part runs
     with the settings it has in `standard`: 1 restart, in L1 5 for apgd-ce. The checks of the
-    defense (randomized, probabilities, zero gradients) see every batch; they are logged.
+    defense (randomized, probabilities, zero gradients, Square) see every batch; what they
+    find is in `notes`.
 
     Attributes:
         threat: gives eps and norm.
@@ -42,18 +43,19 @@ class PyAutoAttack:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the last call left out, a sentence each."""
+        """What the last call left out, and what the library's checks found, a sentence each."""
         return tuple(self._notes)
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
         if not len(x):
             return x.detach().clone()
         seed = draw_seed() if self.seed is None else self.seed
-        with isolated(model, seed):
+        with isolated(model, seed), logged_warnings("auto-attack") as warnings:
             attack = self._build(Shield(model, x), x.detach().float(), seed)
             x_adv, _ = attack.run_standard_evaluation(
                 x.detach().float().clone(), y.clone(), batch_size=len(x)
             )
+        self._notes.extend(warnings)
         return allowed(x_adv, x.detach(), self.threat)
 
     def _build(self, shield: Shield, x: Tensor, seed: int) -> Any:
