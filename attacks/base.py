@@ -55,7 +55,7 @@ ATTACKS: Registry[Callable[..., Attack]] = Registry("attack", "robench.attacks",
 ADAPTERS: Registry[Callable[..., Attack]] = Registry("attack adapter", None, _adapters)
 
 
-def make_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
+def make_attack(name: str, threat: ThreatModel, /, **options: Any) -> Attack:
     """Build an attack by name: "pgd", "pgd-50" (50 steps), "torchattacks:MIFGSM".
 
     Raises UsageError for an unknown name or an option that the attack does not have.

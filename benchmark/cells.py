@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +19,17 @@ from robench.benchmark.checkpoints import (
 )
 from robench.benchmark.data import Dataset, hold_out
 from robench.benchmark.progress import EpochWatcher, Reporter
-from robench.benchmark.recipe import ModelSpec, default_threat, settings_for, train_config
+from robench.benchmark.recipe import (
+    ModelSpec,
+    Settings,
+    default_threat,
+    settings_for,
+    train_config,
+)
 from robench.benchmark.sources import Network
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.defenses.base import DEFENSES, Defense, make_defense
-from robench.defenses.trainer import EpochLog, fit
+from robench.defenses.trainer import EpochLog, TrainConfig, fit
 from robench.errors import UsageError
 from robench.randomness import seeded
 from robench.registry import unknown
@@ -58,6 +63,10 @@ class Cell:
         unranked = tuple(n for n in ("last", "swa-last") if n not in self.ranked)
         averaged = self.spec.train.swa_start is not None
         return tuple(n for n in unranked if averaged or n == "last") + partners
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        return (*self.ranked, *self.others)
 
     def keeper(self, device: torch.device) -> CellFolder:
         return CellFolder(self.folder, self.header, device)
@@ -159,7 +168,7 @@ class _Planner:
             options=options,
             threat=str(threat),
             recipe=spec.recipe,
-            train=train_config(settings, self._overrides(len(dataset.train))),
+            train=self._train_config(settings),
             train_limit=SMOKE_IMAGES * 2 if spec.smoke else spec.train_limit,
             seed=seed,
             teachers={role: teacher.spec.key() if isinstance(teacher, Cell)
@@ -190,13 +199,21 @@ class _Planner:
             self.cells[key] = cell
         return cell
 
-    def _overrides(self, n: int) -> dict[str, Any]:
+    def _train_config(self, settings: Settings) -> TrainConfig:
+        """The recipe's, overridden by the request."""
         overrides = dict(self.spec.train)
         if self.spec.epochs is not None:
             overrides["epochs"] = self.spec.epochs
         if self.spec.smoke:
             overrides |= {"epochs": 1, "batch_size": SMOKE_IMAGES, "validation": SMOKE_IMAGES}
-        return overrides
+            if {**settings.train, **overrides}.get("select") == "test":
+                overrides["select"] = "val"  # the test set may be large
+        config, n = train_config(settings, overrides), len(self.dataset.train)
+        if config.select == "val" and not config.validation:
+            raise UsageError("select: val needs validation images: set train.validation above 0")
+        if config.validation >= n:
+            raise UsageError(f"train.validation: cannot hold out {config.validation} of {n} images")
+        return config
 
 
 def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter) -> Result:
@@ -205,11 +222,11 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
     if finished is not None:
         return finished
     config, seed = cell.spec.train, cell.spec.seed
-    data, held_out = hold_out(dataset.train, config.validation)
+    data, held_out = dataset.train, None
+    if config.validation:
+        data, held_out = hold_out(data, config.validation)
     data = data.take(min(cell.spec.train_limit or len(data), len(data))).to(device)
     selection = {"val": held_out, "test": dataset.test, "last": None}[config.select]
-    if selection is not None and not len(selection):
-        raise UsageError("select: val needs validation images: set train.validation above 0")
     keeper = cell.keeper(device)
     keeper.write_json("spec.json", cell.spec.model_dump(mode="json"))
     nets = dict(cell.teacher_networks(device))

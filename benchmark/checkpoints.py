@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+                loaded: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            loaded = _load(path, "cpu")
     except pickle.UnpicklingError:
         raise UsageError(
             f"{path}: holds more than tensors, or is damaged; robench does not unpickle code. "
             "Save the state dict alone: torch.save(model.state_dict(), path)"
         ) from None
-    except (safetensors.SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged bytes may raise anything in a parser
         raise UsageError(_unreadable(path, error)) from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise UsageError(f"{path}: holds no state dict of tensors")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _load(path: Path, device: torch.device | str) -> Any:
+    """The tensors of a file of torch.save; a pickle that would run code is refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other versions of the format
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -147,8 +158,8 @@ class CellFolder:
         if not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+            state: dict[str, Any] = _load(path, self.device)
+        except Exception:  # damaged bytes may raise anything in a parser
             raise UsageError(f"{path} is damaged: delete {self.folder} to train again") from None
         return state
 

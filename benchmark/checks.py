@@ -11,9 +11,10 @@ from robench.errors import UsageError
 
 @torch.no_grad()
 def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
-    """Look at the outputs for a first batch: x (N, C, H, W), y (N,). Returns warnings.
+    """Look at the outputs for a first batch x (N, C, H, W). Returns warnings.
 
-    Raises UsageError if the output is no (N, K) tensor, holds NaN, or has no place for a label.
+    y (M,) are the labels of all images. Raises UsageError if the output is no (N, K) tensor,
+    holds NaN, or has no place for a label.
     """
     with frozen(model):
         try:
@@ -27,8 +28,7 @@ def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits (N, K) for images (N, C, H, W), "
                          f"not {shape}")
-    if not torch.isfinite(logits).all():
-        raise UsageError("the model returns NaN or infinite logits for clean images")
+    check_finite(logits)
     if int(y.max()) >= logits.shape[1]:
         raise UsageError(f"the model has {logits.shape[1]} outputs, but there are labels up to "
                          f"{int(y.max())}: is it of another data set?")
@@ -44,6 +44,13 @@ def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
             "overstates the robustness of a randomized model."
         )
     return tuple(warnings)
+
+
+def check_finite(logits: Tensor) -> Tensor:
+    """The same logits, or UsageError."""
+    if not torch.isfinite(logits).all():
+        raise UsageError("the model returns NaN or infinite logits for clean images")
+    return logits
 
 
 def looks_like_probabilities(logits: Tensor) -> bool:

@@ -73,11 +73,13 @@ Examples:
 @click.option("--train-limit", type=int, metavar="N", help="Train on N images only.")
 @click.option("--teacher", metavar="WHAT", help="A checkpoint, module:factory or robustbench:NAME "
               "instead of a trained teacher.")
+@click.option("--jobs", type=int, metavar="N",
+              help="Processes that share the work.  [default: the CPU cores, at most 4; GPU: 1]")
 @click.option("--smoke", is_flag=True, default=None, help="Two batches through everything.")
 @_shared
 def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any) -> None:
     """Train defenses, attack them, and write a leaderboard. Goes on where it was stopped."""
-    import yaml
+    from robench.benchmark.spec import RunSpec, parse_value
 
     values = _values(given)
     if seeds is not None:
@@ -87,14 +89,17 @@ def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any)
         if not equals:
             raise UsageError(f"--set {text}: write KEY=VALUE")
         defense, dot, option = key.rpartition(".")
+        parsed = parse_value(value, f"--set {text}")
         if dot and defense != "train":
-            values.setdefault("options", {}).setdefault(defense, {})[option] = yaml.safe_load(value)
+            values.setdefault("options", {}).setdefault(defense, {})[option] = parsed
         else:
-            values.setdefault("train", {})[option] = yaml.safe_load(value)
+            values.setdefault("train", {})[option] = parsed
 
     from robench.benchmark.matrix import run as run_matrix
-    from robench.benchmark.spec import RunSpec
+    from robench.benchmark.sources import default_jobs
 
+    if "jobs" not in values:
+        values["jobs"] = default_jobs(str(values.get("device", "auto")))
     _show(run_matrix(RunSpec.create(values), quiet=quiet), values)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from robench.attacks.base import Attack, Classifier, frozen
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
-from robench.benchmark.checks import check_logits
+from robench.benchmark.checks import check_finite, check_logits
 from robench.benchmark.data import Images, check_images
-from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec
+from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.randomness import seeded
@@ -75,7 +75,7 @@ def evaluate(
     threat: str | ThreatModel = "Linf:8/255",
     attacks: Sequence[str | AttackSpec] = DEFAULT_ATTACKS,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int = 500,
 ) -> Scores:
     """Measure clean and robust accuracy.
 
@@ -94,7 +94,9 @@ def evaluate(
     specs = [AttackSpec.parse(a) if isinstance(a, str) else a for a in attacks]
     if not specs:
         raise UsageError("name at least one attack")
-    classes = int(labels.max()) + 1 if labels.numel() else 1  # the model's outputs decide later
+    check_attacks(specs, threat)
+    # check_images refuses other labels; the model's outputs decide about these later.
+    classes = int(labels.max()) + 1 if labels.numel() and labels.dtype == torch.int64 else 1
     data = Images(*check_images(images, labels, classes))
     target = Target(model, data, batch_size)
     measurements = tuple(measure(target, spec, threat, seed=seed) for spec in specs)
@@ -113,11 +115,10 @@ class Target:
         self.model, self.data, self.batch_size = model, data, batch_size
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = data.x.device if parameter is None else parameter.device
-        first_x, first_y = self.batch(0, min(batch_size, len(data)))
-        self.warnings = check_logits(model, first_x, first_y)
+        self.warnings = check_logits(model, self.batch(0, batch_size)[0], data.y)
         with torch.no_grad(), frozen(model), full_precision():
             self.correct: Flags = np.concatenate([
-                (model(x).argmax(1) == y).cpu().numpy()
+                (check_finite(model(x)).argmax(1) == y).cpu().numpy()
                 for x, y in (self.batch(i, i + batch_size) for i in range(0, len(data), batch_size))
             ])
 
@@ -211,13 +212,13 @@ def _load_partial(
     """(images done, robust flags, seconds, largest distance, violations, notes) so far."""
     if path is not None and path.exists():
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
                 if len(kept["robust"]) == len(correct):
                     return (int(kept["done"]), kept["robust"].copy(), float(kept["seconds"]),
                             float(kept["farthest"]), int(kept["violations"]),
                             [str(note) for note in kept["notes"]])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # a damaged file of finished batches only costs time: start over
+        except Exception:  # damaged bytes may raise anything in a parser
+            pass  # a file of finished batches only saves time: start over
     return 0, correct.copy(), 0.0, 0.0, 0, []
 
 

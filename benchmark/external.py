@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from robench.benchmark.matrix import Matrix, Subject
+from robench.benchmark.matrix import Matrix, Pair, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import RunSpec
@@ -30,7 +30,7 @@ def evaluate_external(
     for network in networks:
         net = network.net.to(matrix.device)
         subject = Subject(net, spec.out / "eval", network.source, _facts(network))
-        pairs = [(attack, matrix.threat, "table") for attack in spec.attacks]
+        pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in spec.attacks]
         records += matrix.attack(subject, pairs, spec.seeds[0])
     results = anchored(Results(records), spec.out)
     render(results, spec.out)

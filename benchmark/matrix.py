@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import nn
 
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
-from robench.benchmark.checkpoints import Header, weights_sha256
+from robench.benchmark.checkpoints import Header, read_header, weights_sha256
 from robench.benchmark.data import Images, check_images, load_dataset
 from robench.benchmark.evaluate import Target, measure, save_flags
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.recipe import default_threat
-from robench.benchmark.sources import load_network, pick_device
+from robench.benchmark.sources import Network, load_network, pick_device
 from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
 from robench.benchmark.transfer import crafting, rob_f
 from robench.defenses.trainer import TrainingFailed
-from robench.errors import RobenchError
+from robench.errors import RobenchError, UsageError
 from robench.files import write_atomic
 from robench.reports import render
 from robench.reports.record import Epoch, Record, Transfer
@@ -53,6 +54,13 @@ class Subject:
     label: str
     facts: dict[str, Any]
 
+    @cached_property
+    def weights(self) -> str:
+        return weights_sha256(self.net)
+
+
+Pair = tuple[AttackSpec, ThreatModel, Literal["table", "curve"]]
+
 
 class Matrix:
     """A checked request: everything that can be wrong with it is found in the constructor."""
@@ -72,16 +80,17 @@ class Matrix:
 
     def run(self) -> Results:
         spec = self.spec
-        teacher = None
-        if spec.teacher is not None:
-            teacher = load_network(spec.teacher, self.dataset, self.threat, model=spec.model)
-        cells, rows = plan(spec, self.dataset, teacher)
+        cells, rows = self.plan()
         todo = [cell for cell in cells if cell.result() is None]
         self.reporter.say(
             f"{len(rows)} rows, {len(cells)} trainings ({len(cells) - len(todo)} finished before), "
             f"{len(spec.attacks)} attacks at {self.threat} on {len(self.test)} images of "
             f"{spec.dataset}, {self.device}"
         )
+        if spec.jobs > 1:
+            from robench.benchmark.parallel import work_ahead
+
+            self.measured += work_ahead(self, cells, rows)
         done: dict[str, Result] = {}
         for cell in cells:
             self._train(cell, done)
@@ -91,9 +100,13 @@ class Matrix:
         for cell in rows:
             result = done.get(cell.spec.key())
             if result is not None:
-                records += self._records(cell, result)
-                transfers += self._transfers(cell)
                 epochs += self._epochs(cell, result)
+                try:
+                    for name in cell.checkpoints:
+                        records += self.records(cell, name)
+                    transfers += self.transfers(cell)
+                except UsageError as error:  # its weights are damaged, or give NaN
+                    self.failures.append(f"{cell.label}: {error}")
         results = anchored(Results(records, transfers, epochs), spec.out)
         render(results, spec.out)
         if not todo and not self.measured:
@@ -103,6 +116,20 @@ class Matrix:
             raise RobenchError("; ".join(self.failures))
         return results
 
+    def plan(self) -> tuple[list[Cell], list[Cell]]:
+        """(cells to train in order, teachers first; those among them that are rows)."""
+        return plan(self.spec, self.dataset, self._teacher())
+
+    def _teacher(self) -> Network | None:
+        """What --teacher names. --model is the student's, unless the file does not name its own."""
+        source = self.spec.teacher
+        if source is None:
+            return None
+        path = Path(source)
+        named = path.suffix == ".safetensors" and read_header(path) is not None
+        return load_network(source, self.dataset, self.threat,
+                            model=None if named else self.spec.model)
+
     def _train(self, cell: Cell, done: dict[str, Result]) -> None:
         missing = [name for name, teacher in cell.teachers.items()
                    if isinstance(teacher, Cell) and teacher.spec.key() not in done]
@@ -110,28 +137,40 @@ class Matrix:
             self.failures.append(f"{cell.label}: not trained, its {missing[0]} failed")
             return
         try:
-            done[cell.spec.key()] = train(cell, self.dataset, self.device, self.reporter)
+            done[cell.spec.key()] = self.train(cell)
         except TrainingFailed as error:
             self.failures.append(f"{cell.label}: {error}")
 
-    def _records(self, cell: Cell, result: Result) -> Iterator[Record]:
-        curve = [(CURVE, self.threat.scaled(factor)) for factor in CURVE_FACTORS
-                 if self.threat.norm != "Linf" or self.threat.eps * factor <= 1]
-        for name in (*cell.ranked, *cell.others):
-            ranked = name in cell.ranked
-            net, header = cell.network(name, self.device)
-            subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
-                              self._facts(cell, result, header, net, ranked))
-            attacks = self.spec.attacks if ranked else (UNRANKED,)
-            pairs = [(attack, self.threat, "table") for attack in attacks]
-            if ranked:
-                pairs += [(attack, threat, "curve") for attack, threat in curve]
-            yield from self.attack(subject, pairs, cell.spec.seed)
+    def train(self, cell: Cell) -> Result:
+        return train(cell, self.dataset, self.device, self.reporter)
+
+    def records(self, cell: Cell, name: str) -> list[Record]:
+        """All attacks on one checkpoint of a trained cell."""
+        return list(self.attack(*self._subject(cell, name), cell.spec.seed))
+
+    def pending(self, cell: Cell, name: str) -> bool:
+        """Whether an attack on this checkpoint is still to be measured."""
+        subject, pairs = self._subject(cell, name)
+        return any(_kept(path, subject.facts) is None
+                   for *_, path in self._places(subject, pairs, cell.spec.seed))
+
+    def _subject(self, cell: Cell, name: str) -> tuple[Subject, list[Pair]]:
+        ranked = name in cell.ranked
+        net, header = cell.network(name, self.device)
+        subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
+                          self._facts(cell, header, net, ranked))
+        attacks = self.spec.attacks if ranked else (UNRANKED,)
+        pairs: list[Pair] = [(attack, self.threat, "table") for attack in attacks]
+        if ranked:
+            pairs += [(CURVE, self.threat.scaled(factor), "curve") for factor in CURVE_FACTORS
+                      if self.threat.norm != "Linf" or self.threat.eps * factor <= 1]
+        return subject, pairs
 
     def _facts(
-        self, cell: Cell, result: Result, header: Header, net: nn.Module, ranked: bool
+        self, cell: Cell, header: Header, net: nn.Module, ranked: bool
     ) -> dict[str, Any]:
-        spec = cell.spec
+        spec, result = cell.spec, cell.result()
+        assert result is not None, "records are of trained cells"
         return {
             "run": spec.key(),
             "seed": spec.seed,
@@ -154,29 +193,34 @@ class Matrix:
             "notes": spec.notes,
         }
 
-    def attack(
-        self, subject: Subject, pairs: list[tuple[AttackSpec, ThreatModel, str]], seed: int
-    ) -> Iterator[Record]:
-        """Records of the attacks on a network, measured or taken from an earlier run."""
-        weights = weights_sha256(subject.net)
-        target: Target | None = None
+    def _places(
+        self, subject: Subject, pairs: list[Pair], seed: int
+    ) -> Iterator[tuple[AttackSpec, ThreatModel, str, Path]]:
+        """Each attack with the file of its record, named by everything the outcome depends on."""
         for spec, threat, role in pairs:
             n = min(spec.limit or len(self.test), len(self.test))
-            identity = {"weights": weights, "attack": spec.model_dump(mode="json"), "seed": seed,
-                        "threat": str(threat), "data": self._test_hash(n)}
+            identity = {"weights": subject.weights, "attack": spec.model_dump(mode="json"),
+                        "seed": seed, "threat": str(threat), "data": self._test_hash(n)}
             path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
+            yield spec, threat, role, path
+
+    def attack(self, subject: Subject, pairs: list[Pair], seed: int) -> Iterator[Record]:
+        """Records of the attacks on a network, measured or taken from an earlier run."""
+        target: Target | None = None
+        for spec, threat, role, path in self._places(subject, pairs, seed):
             facts = {**subject.facts, "role": role}
             record = _kept(path, facts)
             if record is None:
-                target = target or Target(subject.net, self.test, self.spec.batch_size)
-                for warning in target.warnings:
-                    self.reporter.warn(f"{subject.label}: {warning}")
-                record = self._measure(subject, target, spec, threat, weights, path, seed, facts)
+                if target is None:
+                    target = Target(subject.net, self.test, self.spec.batch_size)
+                    for warning in target.warnings:
+                        self.reporter.warn(f"{subject.label}: {warning}")
+                record = self._measure(subject, target, spec, threat, path, seed, facts)
             yield record
 
     def _measure(
         self, subject: Subject, target: Target, spec: AttackSpec, threat: ThreatModel,
-        weights: str, path: Path, seed: int, facts: dict[str, Any],
+        path: Path, seed: int, facts: dict[str, Any],
     ) -> Record:
         self.measured += 1
         n = min(spec.limit or len(self.test), len(self.test))
@@ -190,7 +234,7 @@ class Matrix:
             "data_sha256": self._test_hash(n),
             "classes": len(self.dataset.classes),
             "parameters": sum(p.numel() for p in subject.net.parameters()),
-            "weights_sha256": weights,
+            "weights_sha256": subject.weights,
             "attack": spec.label,
             "threat": str(threat),
             "batch_size": self.spec.batch_size,
@@ -231,7 +275,7 @@ class Matrix:
             self.test_sha256[n] = self.test.take(n).sha256()
         return self.test_sha256[n]
 
-    def _transfers(self, cell: Cell) -> list[Transfer]:
+    def transfers(self, cell: Cell) -> list[Transfer]:
         """The Rob_f rows of a cell with a peer or a teacher; none for the others."""
         partners = [name for name in cell.defense.trained if name != "student"]
         if not partners and not cell.teachers:

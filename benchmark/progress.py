@@ -19,8 +19,9 @@ Update = Callable[[float, str], None]  # share done in [0, 1], metrics as text
 class Reporter:
     """Says what happens. Results go to stdout; everything here goes to stderr."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, bars: bool = True) -> None:
         self.quiet = quiet
+        self.bars = bars and sys.stderr.isatty()  # several processes cannot share one terminal
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -36,7 +37,7 @@ class Reporter:
         """Yields a function to call with the share done and a text of metrics."""
         if self.quiet:
             yield lambda share, text: None
-        elif sys.stderr.isatty():
+        elif self.bars:
             with self._bar(label) as update:
                 yield update
         else:

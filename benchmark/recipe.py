@@ -111,6 +111,9 @@ def default_threat(dataset: str) -> str:
 
 def train_config(settings: Settings, overrides: dict[str, Any]) -> TrainConfig:
     """Raises UsageError, in one line, for an unknown or impossible setting."""
+    for name in overrides:
+        if name not in TrainConfig.model_fields:
+            raise unknown("training setting", name, TrainConfig.model_fields)
     try:
         return TrainConfig.model_validate({**settings.train, **overrides})
     except ValidationError as error:
@@ -118,7 +121,7 @@ def train_config(settings: Settings, overrides: dict[str, Any]) -> TrainConfig:
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """The first problem of a pydantic error in one line, with a suggestion for a wrong key."""
+    """The first problem of a pydantic error in one line."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

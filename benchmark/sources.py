@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ def _from_file(
     net = build(model)
     load_weights(net, path)
     return Network(net.eval(), str(path), model, header)
+
+
+def default_jobs(device: str) -> int:
+    """One process per core on the CPU, at most 4, since small networks use one core well."""
+    return 1 if pick_device(device).type != "cpu" else min(os.cpu_count() or 1, 4)
 
 
 def pick_device(name: str) -> torch.device:

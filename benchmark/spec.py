@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def digest(content: Any, length: int = 12) -> str:
     """The first hex digits of the SHA-256 of canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value in KEY=VALUE, as YAML. Raises UsageError that names `where`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"{where}: cannot read the value {text!r}") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 takes 1e-3 for a text
+    return value
 
 
 class AttackSpec(BaseModel):
@@ -45,7 +58,7 @@ class AttackSpec(BaseModel):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise UsageError(f"attack {text!r}: write NAME,key=value,..., not {pair!r}")
-            options[key.strip()] = yaml.safe_load(value)
+            options[key.strip()] = parse_value(value, f"attack {text!r}")
         limit = options.pop("limit", None)
         try:
             return cls(name=name, options=options, limit=limit)
@@ -83,6 +96,7 @@ class RunSpec(BaseModel):
         teacher: a checkpoint, `package.module:factory` or `robustbench:NAME`; None means that
             missing teachers are trained.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        jobs: processes that share the work; each gets its share of the cores.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
 
@@ -96,7 +110,7 @@ class RunSpec(BaseModel):
     model: str | None = None
     recipe: str = "unified"
     threat: str | None = None
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     attacks: tuple[AttackSpec, ...] = DEFAULT_ATTACKS
     epochs: int | None = Field(default=None, ge=1)
     train: dict[str, Any] = Field(default_factory=dict)
@@ -105,19 +119,23 @@ class RunSpec(BaseModel):
     train_limit: int | None = Field(default=None, ge=2)
     teacher: str | None = None
     device: str = "auto"
-    batch_size: int = Field(default=250, ge=1)  # of the evaluation
+    batch_size: int = Field(default=500, ge=1)  # of the evaluation
+    jobs: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False
-
-    @field_validator("defenses", "baselines", "seeds", "attacks", mode="before")
-    @classmethod
-    def _one_is_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, (str, int, dict)) else value
 
     @field_validator("attacks", mode="before")
     @classmethod
     def _attack_texts(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
         return tuple(AttackSpec.parse(item) if isinstance(item, str) else item for item in value)
+
+    # The last validator is the first to run.
+    @field_validator("defenses", "baselines", "seeds", "attacks", mode="before")
+    @classmethod
+    def _one_is_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, int, dict, AttackSpec)) else value
 
     @classmethod
     def create(cls, values: Mapping[str, Any]) -> RunSpec:
@@ -170,8 +188,8 @@ class CellSpec(BaseModel):
         return digest(self.model_dump(mode="json", exclude={"notes"}))
 
 
-def check_attacks(attacks: tuple[AttackSpec, ...], threat: ThreatModel) -> None:
-    """Build every attack once, so that a wrong name is found before anything is trained."""
+def check_attacks(attacks: Sequence[AttackSpec], threat: ThreatModel) -> None:
+    """Build every attack once, so that a wrong name is found before anything is run."""
     labels = [attack.label for attack in attacks]
     for attack in attacks:
         attack.build(threat)

@@ -47,7 +47,7 @@ def rob_f(
     threat: ThreatModel,
     *,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int = 500,
 ) -> dict[str, RobF]:
     """Rob_f(x_f*) and Rob_f(x_S*) for every network f, "student" among them.
 

@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent, Start
@@ -120,14 +121,18 @@ def _builtin() -> None:
 DEFENSES: Registry[type[Defense]] = Registry("defense", "robench.defenses", _builtin)
 
 
-def make_defense(name: str, threat: ThreatModel, **options: Any) -> Defense:
-    """Build a defense by name. Raises UsageError for an unknown name or option."""
+def make_defense(name: str, threat: ThreatModel, /, **options: Any) -> Defense:
+    """Build a defense by name. Raises UsageError for an unknown name, option or kind of value."""
     cls = DEFENSES[name].value
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for option in options:
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known, hints = [n for n in names if n != "threat"], get_type_hints(cls)
+    for option, value in options.items():
         if option not in known:
             raise UsageError(f"defense {name!r} has no option {option!r}; it has "
-                             f"{', '.join(k for k in known if k != 'threat') or 'none'}")
-    if "threat" in known:
-        options["threat"] = threat
-    return cls(**options)
+                             f"{', '.join(known) or 'none'}")
+        try:
+            options[option] = TypeAdapter(hints[option]).validate_python(value)
+        except ValidationError as error:
+            what = error.errors()[0]["msg"]
+            raise UsageError(f"{name}.{option}: {what}, not {value!r}") from None
+    return cls(**options, **({"threat": threat} if "threat" in names else {}))

@@ -51,7 +51,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=128, ge=2)  # batch-norm cannot use a single image
     lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
@@ -158,7 +158,7 @@ def fit(
         One log per epoch, those before an interruption included.
 
     Raises:
-        TrainingFailed: a loss was NaN or infinite. The last epoch's state and networks are kept.
+        TrainingFailed: a loss was NaN or infinite. State and networks of the epoch before stay.
     """
     watcher = watcher or Watcher()
     for name in defense.given:
@@ -211,7 +211,7 @@ def _epoch(
 ) -> dict[str, Any]:
     """One pass over the training images; returns the fields of its EpochLog."""
     started = time.perf_counter()
-    steps = -(-len(train[0]) // config.batch_size)
+    steps = _steps(len(train[0]), config.batch_size)
     seen: list[dict[str, Tensor]] = []
     lr = config.lr_at(epoch)
     for name in defense.trained:
@@ -245,6 +245,11 @@ def _epoch(
     return {"epoch": epoch, "lr": lr, "seconds": seconds, "losses": means}
 
 
+def _steps(n: int, size: int) -> int:
+    """How many batches `_batches` makes of n images."""
+    return max(1, n // size + (n % size > 1))
+
+
 def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches. A last batch of one image is left out: batch-norm cannot use it."""
     x, y = data
@@ -260,9 +265,10 @@ def _refuse_nan(seen: list[dict[str, Tensor]], epoch: int) -> None:
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0])
         parts = {name: f"{value.item():.4g}" for name, value in seen[step].items()}
+        kept = f"the state after epoch {epoch - 1} is kept" if epoch else "no epoch was finished"
         raise TrainingFailed(
-            f"the loss is not finite in epoch {epoch}, step {step} ({parts}); the state after "
-            f"epoch {epoch - 1} is kept. Try a smaller learning rate (--set lr=...)"
+            f"the loss is not finite in epoch {epoch}, step {step} ({parts}); {kept}. "
+            "Try a smaller learning rate (--set lr=...)"
         )
 
 

@@ -91,7 +91,7 @@ class PyAutoAttack:
     description="the reference AutoAttack or one of its parts: pyautoattack:standard",
     paper="Croce and Hein 2020, arXiv 2003.01690",
 )
-def make(name: str, threat: ThreatModel, **options: Any) -> Attack:
+def make(name: str, threat: ThreatModel, /, **options: Any) -> Attack:
     """Build `pyautoattack:<name>`. Raises UsageError: it is missing, or no such name or option."""
     library("pyautoattack")
     if name not in (*VERSIONS, *PARTS):

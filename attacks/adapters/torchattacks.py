@@ -97,7 +97,7 @@ class TorchAttack:
     description="any attack of torchattacks by class name: torchattacks:MIFGSM",
     paper="Kim 2020, arXiv 2010.01950",
 )
-def make(name: str, threat: ThreatModel, **options: Any) -> Attack:
+def make(name: str, threat: ThreatModel, /, **options: Any) -> Attack:
     """Build `torchattacks:<name>`.
 
     Raises UsageError: torchattacks is missing, has no such attack or option, cannot construct
