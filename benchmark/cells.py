@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,7 +156,7 @@ class _Planner:
         # An as-released recipe trains at its own eps; the evaluation is at the run's.
         fixed = settings.threat if spec.recipe != "unified" else None
         threat = ThreatModel.parse(fixed or spec.threat or default_threat(dataset.name))
-        options = {**settings.options, **spec.options.get(name, {})}
+        defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
         teachers: dict[str, Cell | Network] = {
             role: self.teacher or self.cell(taught_by, seed)
             for role, taught_by in entry.given.items()
@@ -165,7 +166,7 @@ class _Planner:
             data_sha256=self.data_sha256,
             model=model,
             defense=name,
-            options=options,
+            options=_options(defense),
             threat=str(threat),
             recipe=spec.recipe,
             train=self._train_config(settings),
@@ -178,7 +179,7 @@ class _Planner:
         key = cell_spec.key()
         cell = Cell(
             spec=cell_spec,
-            defense=make_defense(name, threat, **options),
+            defense=defense,
             folder=spec.out / "cells" / key,
             teachers=teachers,
             header=Header(
@@ -214,6 +215,12 @@ class _Planner:
         if config.validation >= n:
             raise UsageError(f"train.validation: cannot hold out {config.validation} of {n} images")
         return config
+
+
+def _options(defense: Defense) -> dict[str, Any]:
+    """Every knob of the method, those at their default too: a new default is another training."""
+    options: dict[str, Any] = asdict(defense) if is_dataclass(defense) else {}
+    return {name: value for name, value in options.items() if name != "threat"}
 
 
 def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter) -> Result:

@@ -71,7 +71,7 @@ class Steps(Watcher):
 
 
 class LearningRates:
-    """An augmentation that looks up the lr which the optimizers had in the step before."""
+    """Writes down the learning rate of every optimizer step."""
 
     def __init__(self, monkeypatch):
         self.seen, original = [], torch.optim.SGD.step
@@ -237,7 +237,7 @@ def test_accuracies_against_a_direct_count(make_net, make_data):
 
 
 def test_accuracies_does_not_attack_what_is_wrong_anyway(make_net, make_data):
-    net, (x, y) = make_net().eval(), make_data(40)
+    net, (x, _) = make_net().eval(), make_data(40)
     with torch.no_grad():
         wrong = (net(x).argmax(1) + 1) % 3  # no label is right
 

@@ -1,0 +1,100 @@
+"""Networks, checkpoints and small jobs; the command line, called in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from robench.benchmark import cli
+from robench.benchmark.checkpoints import Header, save_checkpoint
+from robench.benchmark.recipe import ModelSpec
+
+# One small training of two epochs, and attacks on 20 images: a second or two.
+JOB: dict[str, Any] = {
+    "defenses": ("trades",), "dataset": "digits", "epochs": 2, "train_limit": 128, "limit": 20,
+    "attacks": ("fgsm", "pgd-5"), "device": "cpu",
+    "train": {"validation": 20, "select_steps": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def job() -> Callable[..., dict[str, Any]]:
+    """The settings of a small run; `train` is added to, everything else replaced."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        train = {**JOB["train"], **changes.pop("train", {})}
+        return {**JOB, **changes, "train": train}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_header() -> Callable[..., Header]:
+    def make(**changes: Any) -> Header:
+        values: dict[str, Any] = {
+            "model": ModelSpec(name="smallcnn"), "classes": 10, "channels": 1, "size": 8,
+            "dataset": "digits", "defense": "trades", "recipe": "unified", "seed": 0,
+            "checkpoint": "best", "epoch": 3,
+        }
+        return Header(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_network(make_header: Callable[..., Header]) -> Callable[..., nn.Module]:
+    """seed -> a smallcnn for digits with random weights and statistics, in eval mode."""
+
+    def make(seed: int = 0, **changes: Any) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = make_header(**changes).build()
+            net(torch.rand(8, *_shape(net)))
+        return net.eval()
+
+    return make
+
+
+def _shape(net: nn.Module) -> tuple[int, int, int]:
+    return next(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 8, 8
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, make_network: Callable[..., nn.Module], make_header: Callable[..., Header]
+) -> Path:
+    """A robench checkpoint of a random network for digits."""
+    path = tmp_path / "net.safetensors"
+    save_checkpoint(path, make_network(), make_header())
+    return path
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def robench(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The command line in this process: robench("list", "models") -> code, out, err."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["robench", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Done(stop.value.code or 0, out, err)
+
+    return call

@@ -1,0 +1,397 @@
+"""Evaluation: counts on a model that can be solved by hand, and what is refused."""
+
+import io
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import robench as package
+from robench.attacks.base import ATTACKS
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.data import Images
+from robench.benchmark.evaluate import Target, _npz, attack_config, evaluate, measure, save_flags
+from robench.benchmark.spec import AttackSpec
+from robench.errors import UsageError
+
+THREAT = ThreatModel("Linf", 0.1)
+
+
+class Linear(nn.Module):
+    """Class 1 where w.x + b > 0. The Linf distance of x to the boundary is |w.x + b| / |w|_1."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(torch.randn(12, generator=generator))
+        self.norm = nn.BatchNorm2d(3)  # its statistics leave images as they are
+        self.norm.eps = 0.0
+        self.drop = nn.Dropout(0.5)
+
+    def score(self, x):
+        return x.flatten(1) @ self.w - self.w.sum() / 2
+
+    def forward(self, x):
+        score = self.drop(self.score(self.norm(x))[:, None])
+        return torch.cat([-score, score], 1)
+
+    @torch.no_grad()
+    def distance(self, x):
+        return self.score(x).abs() / self.w.abs().sum()
+
+
+@pytest.fixture
+def model():
+    return Linear().eval()
+
+
+@pytest.fixture
+def data(model):
+    """60 images far from 0 and 1, a quarter of them with the wrong label."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(60, 3, 2, 2, generator=generator) * 0.5 + 0.25
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    y[::4] = 1 - y[::4]
+    return Images(x, y)
+
+
+def refused(*arguments, **options):
+    """The message of the UsageError, which has one line."""
+    with pytest.raises(UsageError) as error:
+        evaluate(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@dataclass
+class Register:
+    """Registers attacks for one test: functions (model, x, y, threat) -> x_adv."""
+
+    entries: dict
+
+    def __call__(self, name, function, notes=()):
+        def make(threat):
+            def attack(model, x, y):
+                return function(model, x, y, threat)
+
+            attack.threat, attack.notes = threat, notes
+            return attack
+
+        ATTACKS.register(name, description="for a test")(make)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    ATTACKS.names()  # loads the built-in ones
+    monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
+    return Register(ATTACKS._entries)
+
+
+# What is counted
+
+
+def test_a_linear_model_is_counted_exactly(model, data):
+    distances = model.distance(data.x)
+    right = np.arange(60) % 4 != 0
+    eps = float(distances.median())
+    survives = right & (distances > eps).numpy()
+    assert 10 < survives.sum() < 35
+
+    scores = evaluate(model, data.x, data.y, threat=ThreatModel("Linf", eps),
+                      attacks=["fgsm", "pgd-10", "pgd,steps=5,restarts=2"], batch_size=25)
+    assert scores.clean == 45 / 60
+    assert scores.robust == dict.fromkeys(
+        ["fgsm", "pgd-10", "pgd,restarts=2,steps=5"], survives.sum() / 60)
+    assert scores.worst_case == survives.sum() / 60
+    assert scores.warnings == ()
+    for m in scores.measurements:
+        assert (m.correct == right).all()
+        assert (m.robust == survives).all()
+        assert m.violations == 0
+        assert m.max_distance == pytest.approx(eps, rel=1e-5)
+    assert "measurements" not in repr(scores)
+
+
+def test_it_is_the_function_of_the_package():
+    assert package.evaluate is evaluate
+
+
+def test_a_plain_function_is_a_model_too(model, data):
+    as_function = evaluate(lambda x: model(x), data.x, data.y, threat="Linf:0.05",
+                           attacks=["pgd-5"])
+    as_module = evaluate(model, data.x, data.y, threat="Linf:0.05", attacks=["pgd-5"])
+    assert as_function.robust == as_module.robust
+
+
+def test_worst_case_is_over_the_images_that_all_attacks_saw(model, data, register):
+    def only_even(model, x, y, threat):
+        sign = model.w.detach().sign().view(1, 3, 2, 2) * (1 - 2 * y.float()).view(-1, 1, 1, 1)
+        return torch.where(y.view(-1, 1, 1, 1) == 0, x + threat.eps * sign, x)
+
+    def only_odd(model, x, y, threat):
+        return only_even(model, x, 1 - y, threat) * 0 + torch.where(
+            y.view(-1, 1, 1, 1) == 1,
+            x - threat.eps * model.w.detach().sign().view(1, 3, 2, 2), x)
+
+    register("even", only_even)
+    register("odd", only_odd)
+    scores = evaluate(model, data.x, data.y, threat="Linf:0.2", attacks=["even", "odd,limit=20"])
+    even, odd = (m.robust for m in scores.measurements)
+    assert (len(even), len(odd)) == (60, 20)
+    assert scores.worst_case == (even[:20] & odd).mean() == 0
+    assert 0 < scores.robust["even"] < scores.clean
+    assert scores.robust["odd"] > 0
+
+
+def test_only_images_that_are_right_are_attacked(model, data, register):
+    seen = []
+
+    def spy(model, x, y, threat):
+        seen.append((x.clone(), y.clone()))
+        return x
+
+    register("spy", spy)
+    scores = evaluate(model, data.x, data.y, attacks=["spy"], batch_size=7)
+    assert torch.equal(torch.cat([x for x, _ in seen]), data.x[torch.arange(60) % 4 != 0])
+    assert torch.equal(torch.cat([y for _, y in seen]), data.y[torch.arange(60) % 4 != 0])
+    assert scores.robust == {"spy": scores.clean}
+
+
+def test_a_batch_without_a_right_image_is_not_attacked(model, data, register):
+    def refuse(model, x, y, threat):
+        raise AssertionError("nothing is there to attack")
+
+    register("refuse", refuse)
+    scores = evaluate(model, data.x, 1 - model(data.x).argmax(1), attacks=["refuse"])
+    assert (scores.clean, scores.robust) == (0, {"refuse": 0})
+
+
+@pytest.mark.parametrize("leave", ["ball", "box", "nan"])
+def test_examples_outside_the_threat_model_do_not_count(model, data, register, leave):
+    def cheat(model, x, y, threat):
+        far = torch.full_like(x, float("nan"))
+        if leave != "nan":  # to the far side of the boundary
+            sign = model.w.detach().sign().view(1, 3, 2, 2) * (1 - 2 * y.float()).view(-1, 1, 1, 1)
+            far = x + (0.3 if leave == "ball" else 2.0) * sign
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) < 10, far, x)
+
+    register("cheat", cheat)
+    threat = ThreatModel("Linf", 0.1 if leave == "ball" else 0.99)
+    (m,) = evaluate(model, data.x, data.y, threat=threat, attacks=["cheat"]).measurements
+    assert m.violations == 10
+    assert (m.robust == m.correct).all()
+    assert m.max_distance == 0  # of the counted ones
+
+
+def test_the_model_keeps_its_modes_and_its_gradients(data):
+    model = Linear()
+    model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    scores = evaluate(model, data.x, data.y, threat=THREAT, attacks=["pgd-3"])
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert scores.clean == 45 / 60  # measured in eval mode
+
+
+def test_the_callers_random_numbers_are_not_disturbed(model, data):
+    before = torch.get_rng_state()
+    evaluate(model, data.x, data.y, attacks=["pgd-3"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What is refused, and what is warned of
+
+
+def test_images_and_labels_that_are_refused(model, data):
+    x, y = data.x, data.y
+    for images, message in (
+        (x * 255, "images must be in [0, 1], not [64"),
+        (x - 1, "images must be in [0, 1]"),
+        ((x * 255).byte(), "images must be float in [0, 1], not torch.uint8"),
+        (torch.where(x > 0.7, torch.nan, x), "images contain NaN"),
+        (x[0], "shape (N, C, H, W)"),
+        (x[:0], "shape (N, C, H, W)"),
+    ):
+        assert message in refused(model, images, y[: len(images)])
+    for labels, message in (
+        (y[:-1], "need labels of shape (60,), not (59,)"),
+        (y.int(), "labels must be int64, not torch.int32"),
+        (y.float() * torch.nan, "labels must be int64"),
+        (y - 1, "labels must be in"),
+        (y + 1, "the model has 2 outputs, but there are labels up to 2"),
+        (y[:0], "need labels of shape"),
+        (nn.functional.one_hot(y), "need labels of shape"),
+    ):
+        assert message in refused(model, x, labels)
+
+
+def test_a_label_beyond_the_outputs_is_found_in_any_batch(model, data):
+    y = data.y.clone()
+    y[-1] = 7
+    assert "labels up to 7" in refused(model, data.x, y, batch_size=10)
+
+
+@pytest.mark.parametrize("attacks", [["pgdd"], ["fgsm", "pgdd"], ["fgsm", "fgsm,limit=3"], []])
+def test_wrong_attacks_are_refused_before_the_model_is_called(data, attacks):
+    def model(x):
+        raise AssertionError("too early")
+
+    refused(model, data.x, data.y, attacks=attacks)
+
+
+def test_models_that_are_refused(data):
+    def nan_at_the_end(x):
+        logits = torch.rand(len(x), 2)
+        logits[(x == data.x[-1]).flatten(1).all(1)] = torch.nan
+        return logits
+
+    for model, message in (
+        (lambda x: x.new_full((len(x), 2), torch.nan), "NaN or infinite logits"),
+        (lambda x: x.new_full((len(x), 2), torch.inf), "NaN or infinite logits"),
+        (nan_at_the_end, "NaN or infinite logits"),
+        (lambda x: x.mean((1, 2, 3)), "must return logits (N, K) for images (N, C, H, W), not"),
+        (lambda x: torch.rand(1, 2), "not (1, 2)"),
+        (lambda x: (torch.rand(len(x), 2),), "not tuple"),
+        (nn.Linear(7, 2), "the model cannot take images of shape (20, 3, 2, 2)"),
+    ):
+        assert message in refused(model, data.x, data.y, attacks=["fgsm"], batch_size=20)
+
+
+def test_probabilities_are_warned_of(model, data):
+    scores = evaluate(lambda x: model(x).softmax(1), data.x, data.y, attacks=["fgsm"])
+    (warning,) = scores.warnings
+    assert warning.startswith("probabilities: the outputs look like softmax probabilities")
+
+
+def test_a_randomized_model_is_warned_of(model, data):
+    def noisy(x):
+        return model(x) + 0.01 * torch.randn(len(x), 2)
+
+    (warning,) = evaluate(noisy, data.x, data.y, attacks=["fgsm"]).warnings
+    assert warning.startswith("random: two passes over the same images differ")
+
+
+# Parts of a measurement
+
+
+@pytest.fixture
+def close(model):
+    """60 images so close to the boundary that the noise of NOISY decides about each verdict."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 + 0.05 * torch.randn(60, 3, 2, 2, generator=generator)
+    with torch.no_grad():
+        data = Images(x, model(x).argmax(1))
+    assert 0.2 < measure(Target(model, data, 60), NOISY, THREAT).robust.mean() < 0.8
+    return data
+
+
+NOISY = AttackSpec(name="pgd", options={"steps": 1, "step_size": 0.0})
+
+
+def test_the_seed_and_the_attack_decide_about_the_noise(model, close):
+    target = Target(model, close, 20)
+    flags = [measure(target, NOISY, THREAT, seed=seed).robust for seed in (0, 0, 1)]
+    assert (flags[0] == flags[1]).all()
+    assert (flags[0] != flags[2]).any()
+
+
+@pytest.mark.parametrize("limit", [1, 20, 33, 59])
+def test_more_images_do_not_change_the_flags_of_the_first_batches(model, close, limit):
+    whole = measure(Target(model, close, 20), NOISY, THREAT)
+    part = measure(Target(model, close, 20), NOISY.model_copy(update={"limit": limit}), threat)
+    cut = Target(model, close.take(limit), 20)
+    full_batches = limit // 20 * 20
+    assert len(part.robust) == len(part.correct) == limit
+    assert (part.robust[:full_batches] == whole.robust[:full_batches]).all()
+    assert (measure(cut, NOISY, THREAT).robust == part.robust).all()
+
+
+def test_a_limit_beyond_the_images_is_all_of_them(model, close):
+    m = measure(Target(model, close, 20), AttackSpec(name="fgsm", limit=1000), THREAT)
+    assert len(m.robust) == 60
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_an_interrupted_measurement_goes_on_with_the_same_flags(model, close, tmp_path, after):
+    whole = measure(Target(model, close, 15), NOISY, THREAT)
+    partial, batches = tmp_path / "a.partial", []
+
+    def stop(done, total, robust):
+        batches.append((done, total, robust))
+        if len(batches) == after:
+            raise KeyboardInterrupt
+
+    if after:
+        with pytest.raises(KeyboardInterrupt):
+            measure(Target(model, close, 15), NOISY, THREAT, partial=partial, progress=stop)
+    assert partial.exists() == bool(after)
+    again = measure(Target(model, close, 15), NOISY, THREAT, partial=partial, progress=stop)
+    assert [done for done, _, _ in batches] == [15, 30, 45, 60]  # no batch twice
+    assert batches[-1] == (60, 60, whole.robust.sum())
+    assert (again.robust == whole.robust).all()
+    assert (again.violations, again.max_distance) == (whole.violations, whole.max_distance)
+
+
+def test_notes_survive_an_interruption(model, data, register, tmp_path):
+    register("noted", lambda model, x, y, threat: x, notes=("something was left out",))
+    target, partial = Target(model, data, 60), tmp_path / "a.partial"
+    for _ in range(2):  # the second has no batch left to run
+        m = measure(target, AttackSpec(name="noted"), THREAT, partial=partial)
+        assert m.notes == ("something was left out",)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None, "cut", "other"])
+def test_a_damaged_partial_file_only_costs_time(model, close, tmp_path, content):
+    target, partial = Target(model, close, 20), tmp_path / "a.partial"
+    whole = measure(target, NOISY, THREAT, partial=partial)
+    if content == "cut":
+        partial.write_bytes(partial.read_bytes()[:-30])
+    elif content == "other":  # of another number of images
+        measure(Target(model, close.take(10), 5), NOISY, THREAT, partial=partial)
+    elif content is None:
+        partial.write_bytes(_npz(done=60))
+    else:
+        partial.write_bytes(content)
+    again = measure(target, NOISY, THREAT, partial=partial)
+    assert (again.robust == whole.robust).all()
+
+
+# Files of flags
+
+
+def test_files_of_flags_are_plain_numpy_and_have_no_clock(tmp_path, monkeypatch):
+    correct, robust = np.array([True, True, False]), np.array([True, False, False])
+    save_flags(tmp_path / "a.npz", correct, robust)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    monkeypatch.setattr("time.localtime", lambda *a: (2040, 1, 1, 0, 0, 0, 0, 1, 0))
+    save_flags(tmp_path / "b.npz", correct, robust)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
+        assert set(kept) == {"correct", "robust"}
+        assert kept["correct"].tolist() == correct.tolist()
+        assert kept["robust"].dtype == bool
+    stamps = {e.date_time for e in zipfile.ZipFile(tmp_path / "a.npz").infolist()}
+    assert stamps == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_different_flags_have_different_bytes():
+    def packed(**arrays):
+        return _npz(**{k: np.array(v) for k, v in arrays.items()})
+
+    assert packed(a=[True]) == packed(a=[True])
+    assert len({packed(a=[True]), packed(a=[False]), packed(b=[True]), packed(a=[1])}) == 4
+    with np.load(io.BytesIO(packed(a=[1, 2])), allow_pickle=False) as kept:
+        assert kept["a"].tolist() == [1, 2]
+
+
+def test_the_configuration_of_an_attack_for_the_record():
+    config = attack_config(AttackSpec.parse("pgd,steps=7").build(THREAT))
+    assert config == {"steps": 7, "step_size": None, "restarts": 1, "loss": "ce",
+                      "start": "uniform"}
+    assert attack_config(lambda model, x, y: x) == {}
