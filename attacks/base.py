@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from robench.attacks.threat import ThreatModel
-from robench.errors import UsageError
+from robench.options import checked
 from robench.registry import Registry, unknown
 
 # (N, C, H, W) in [0, 1] -> logits (N, K); normalization is inside. Usually an nn.Module.
@@ -69,10 +70,16 @@ def make_attack(name: str, threat: ThreatModel, /, **options: Any) -> Attack:
         if short is None or short[1] not in ATTACKS:
             raise unknown("attack", name, ATTACKS.names())
         name, options = short[1], {"steps": int(short[2]), **options}
-    try:
-        return ATTACKS[name].value(threat, **options)
-    except TypeError as error:
-        raise UsageError(f"attack {name!r}: {error}") from None
+    factory = ATTACKS[name].value
+    return factory(threat, **checked(options, factory, "attack", name))
+
+
+def memory_format(net: Classifier) -> torch.memory_format:
+    """The layout in which a network wants its images: channels_last if its weights are so."""
+    weights = net.parameters() if isinstance(net, nn.Module) else ()
+    last = any(w.ndim == 4 and not w.is_contiguous()
+               and w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -11,25 +10,12 @@ import torch
 from torch import Tensor
 
 from robench.errors import UsageError
+from robench.options import parse_number
 
 Norm = Literal["Linf", "L2", "L1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 _ALIASES = {"linf": "Linf", "l_inf": "Linf", "inf": "Linf", "l2": "L2", "l_2": "L2", "l1": "L1",
             "l_1": "L1"}
-
-
-def parse_number(text: str | float) -> float:
-    """"8/255" -> 0.03137..., "0.5" -> 0.5. Raises UsageError on anything else."""
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?:/\s*([0-9.eE+-]+)\s*)?", str(text))
-    try:
-        if match is None:
-            raise ValueError
-        value = float(match[1]) / float(match[2] or 1)
-    except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{text!r} is not a number: write 0.03 or 8/255") from None
-    if not math.isfinite(value):
-        raise UsageError(f"{text!r} is not a finite number")
-    return value
 
 
 def format_eps(eps: float) -> str:

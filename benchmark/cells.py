@@ -12,25 +12,24 @@ import torch
 from torch import nn
 
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.checkpoints import (
-    CellFolder,
-    Header,
-    load_checkpoint,
-    weights_sha256,
-)
+from robench.benchmark.checkpoints import CellFolder, Header, load_checkpoint, weights_sha256
+from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
+from robench.benchmark.models import source_hash
 from robench.benchmark.progress import EpochWatcher, Reporter
 from robench.benchmark.recipe import (
     ModelSpec,
     Settings,
     default_threat,
+    documented,
+    load_recipe,
     settings_for,
     train_config,
 )
 from robench.benchmark.sources import Network
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.defenses.base import DEFENSES, Defense, make_defense
-from robench.defenses.trainer import EpochLog, TrainConfig, fit
+from robench.defenses.trainer import EpochLog, TrainConfig, TrainingFailed, fit
 from robench.errors import UsageError
 from robench.randomness import seeded
 from robench.registry import unknown
@@ -85,7 +84,7 @@ class Cell:
 
     def network(self, checkpoint: str, device: torch.device) -> tuple[nn.Module, Header]:
         net, header = load_checkpoint(self.folder / f"{checkpoint}.safetensors")
-        return net.to(device).to(memory_format=torch.channels_last), header
+        return net.to(device), header
 
     def teacher_seconds(self) -> float:
         """Training time of all teachers, theirs included."""
@@ -97,6 +96,10 @@ class Cell:
         return total
 
     def teacher_networks(self, device: torch.device) -> dict[str, nn.Module]:
+        """The given networks. Raises TrainingFailed while one of them is not trained."""
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, Cell) and teacher.result() is None:
+                raise TrainingFailed(f"its {name} ({teacher.label}) is not trained")
         return {
             name: teacher.network(teacher.ranked[0], device)[0]
             if isinstance(teacher, Cell)
@@ -119,8 +122,8 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
     Raises UsageError for unknown names and for settings that the recipe does not have.
     """
     planner = _Planner(spec, dataset, teacher)
-    baselines = _expand(spec.baselines)
-    names = list(dict.fromkeys([*baselines, *_expand(spec.defenses)]))
+    baselines = _expand(spec.baselines, spec.recipe, dataset.name)
+    names = list(dict.fromkeys([*baselines, *_expand(spec.defenses, spec.recipe, dataset.name)]))
     if not names:
         raise UsageError("name at least one --defense")
     for name in spec.options:
@@ -131,8 +134,10 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
     return list(planner.cells.values()), rows
 
 
-def _expand(names: tuple[str, ...]) -> list[str]:
-    return [n for name in names for n in (DEFENSES.names() if name == "all" else [name])]
+def _expand(names: tuple[str, ...], recipe: str, dataset: str) -> list[str]:
+    """`all` is every defense that the recipe documents for the data set."""
+    everything = [name for name in DEFENSES.names() if documented(recipe, name, dataset)]
+    return [n for name in names for n in (everything if name == "all" else [name])]
 
 
 class _Planner:
@@ -140,6 +145,7 @@ class _Planner:
         self.spec, self.dataset, self.teacher = spec, dataset, teacher
         self.data_sha256 = dataset.train.sha256()
         self.cells: dict[str, Cell] = {}
+        self.code: dict[ModelSpec, str] = {}  # of the networks that were built and tried
 
     def cell(self, name: str, seed: int, *, baseline: bool = False) -> Cell:
         """The cell of a defense, after those of its teachers; the same one for the same spec."""
@@ -147,20 +153,34 @@ class _Planner:
         entry = DEFENSES[name].value
         settings = settings_for(spec.recipe, name, dataset.name)
         model = settings.model
-        if spec.model is not None:
-            model = ModelSpec(name=spec.model)
-        elif isinstance(model, str):
+        if isinstance(model, str):
             model = ModelSpec(name=model)
+        if spec.model is not None and (model is None or spec.model != model.name):
+            model = ModelSpec(name=spec.model)
         if model is None:
             raise UsageError(f"recipe {spec.recipe!r} names no model for {name!r}: add --model")
-        # An as-released recipe trains at its own eps; the evaluation is at the run's.
-        fixed = settings.threat if spec.recipe != "unified" else None
-        threat = ThreatModel.parse(fixed or spec.threat or default_threat(dataset.name))
+        # A method's official code trains at its own eps; the evaluation is at the run's.
+        released = load_recipe(spec.recipe).method_threat(name, dataset.name)
+        threat = ThreatModel.parse(released or spec.threat or default_threat(dataset.name))
+        train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
         teachers: dict[str, Cell | Network] = {
-            role: self.teacher or self.cell(taught_by, seed)
+            role: self.teacher or self._taught(role, name, taught_by, seed)
             for role, taught_by in entry.given.items()
         }
+        header = Header(
+            model=model,
+            classes=len(dataset.classes),
+            channels=dataset.channels,
+            size=dataset.size,
+            dataset=dataset.name,
+            defense=name,
+            recipe=spec.recipe,
+            seed=seed,
+            checkpoint="",
+            epoch=-1,
+            selection=selection_of(train),
+        )
         cell_spec = CellSpec(
             dataset=dataset.name,
             data_sha256=self.data_sha256,
@@ -169,11 +189,14 @@ class _Planner:
             options=_options(defense),
             threat=str(threat),
             recipe=spec.recipe,
-            train=self._train_config(settings),
+            train=train,
             train_limit=SMOKE_IMAGES * 2 if spec.smoke else spec.train_limit,
             seed=seed,
             teachers={role: teacher.spec.key() if isinstance(teacher, Cell)
                       else weights_sha256(teacher.net) for role, teacher in teachers.items()},
+            augment=str(dataset.augment),
+            code=self._try(header),
+            selection_sha256=dataset.test.sha256() if train.select == "test" else "",
             notes=settings.notes,
         )
         key = cell_spec.key()
@@ -182,23 +205,30 @@ class _Planner:
             defense=defense,
             folder=spec.out / "cells" / key,
             teachers=teachers,
-            header=Header(
-                model=model,
-                classes=len(dataset.classes),
-                channels=dataset.channels,
-                size=dataset.size,
-                dataset=dataset.name,
-                defense=name,
-                recipe=spec.recipe,
-                seed=seed,
-                checkpoint="",
-                epoch=-1,
-            ),
+            header=header,
             baseline=baseline,
         )
         if key not in self.cells or baseline:
             self.cells[key] = cell
         return cell
+
+    def _taught(self, role: str, name: str, taught_by: str, seed: int) -> Cell:
+        """The cell of a teacher that nobody brought."""
+        try:
+            return self.cell(taught_by, seed)
+        except UsageError as error:
+            raise UsageError(f"{name!r} needs a {role}, by default one trained by {taught_by!r}: "
+                             f"{error}; or bring one: --teacher") from None
+
+    def _try(self, header: Header) -> str:
+        """Build a network once and look at its logits; returns the hash of a user's source."""
+        model = header.model
+        if model not in self.code:
+            with seeded(0, "try"):
+                net = header.build()
+            check_logits(net, self.dataset.test.x[:2], torch.tensor([header.classes - 1]))
+            self.code[model] = source_hash(net, model.name) if model.is_foreign else ""
+        return self.code[model]
 
     def _train_config(self, settings: Settings) -> TrainConfig:
         """The recipe's, overridden by the request."""
@@ -214,7 +244,15 @@ class _Planner:
             raise UsageError("select: val needs validation images: set train.validation above 0")
         if config.validation >= n:
             raise UsageError(f"train.validation: cannot hold out {config.validation} of {n} images")
+        if config.swa_start is not None and not config.averages(config.epochs - 1):
+            raise UsageError(f"train.swa_start: {config.epochs} epochs end before epoch "
+                             f"{config.swa_start:g}; add --set swa_start=0.5, or null for no SWA")
         return config
+
+
+def selection_of(train: TrainConfig) -> str:
+    """How records name the split on which the checkpoint was chosen."""
+    return "none" if train.select == "last" else train.select
 
 
 def _options(defense: Defense) -> dict[str, Any]:
@@ -234,14 +272,12 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
         data, held_out = hold_out(data, config.validation)
     data = data.take(min(cell.spec.train_limit or len(data), len(data))).to(device)
     selection = {"val": held_out, "test": dataset.test, "last": None}[config.select]
-    keeper = cell.keeper(device)
-    keeper.write_json("spec.json", cell.spec.model_dump(mode="json"))
     nets = dict(cell.teacher_networks(device))
     for name in cell.defense.trained:
         with seeded(seed, "init", name):
-            net = cell.header.build()
-        # Convolutions are up to twice as fast this way, on the CPU and on GPUs.
-        nets[name] = net.to(device).to(memory_format=torch.channels_last)
+            nets[name] = cell.header.build().to(device)
+    keeper = cell.keeper(device)
+    keeper.write_json("spec.json", cell.spec.model_dump(mode="json"))
     with reporter.task(f"train {cell.label}") as update:
         history = fit(
             cell.defense,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robench.benchmark.models import build_model
 from robench.benchmark.recipe import ModelSpec
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 from robench.files import write_atomic
 
 
@@ -37,10 +37,14 @@ class Header(BaseModel):
     seed: int
     checkpoint: str
     epoch: int
+    selection: str = "unknown"  # the split on which the epoch was chosen: val, test or none
 
     def build(self) -> nn.Module:
-        return build_model(self.model.name, classes=self.classes, channels=self.channels,
-                           size=self.size, normalize=self.model.normalize)
+        """A new network, from torch's global generator."""
+        net = build_model(self.model.name, classes=self.classes, channels=self.channels,
+                          size=self.size, normalize=self.model.normalize)
+        # Convolutions are up to twice as fast this way, but a user's network may call view().
+        return net if self.model.is_foreign else net.to(memory_format=torch.channels_last)
 
 
 def weights_sha256(net: nn.Module) -> str:
@@ -53,7 +57,7 @@ def weights_sha256(net: nn.Module) -> str:
 
 
 def save_checkpoint(path: Path, net: nn.Module, header: Header) -> None:
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
     write_atomic(path, to_safetensors(state, {"robench": header.model_dump_json()}))
 
 
@@ -95,7 +99,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
     ):
         raise UsageError(f"{path}: holds no state dict of tensors")
-    return {name.removeprefix("module."): value for name, value in loaded.items()}
+    return loaded
 
 
 def _load(path: Path, device: torch.device | str) -> Any:
@@ -108,18 +112,20 @@ def _load(path: Path, device: torch.device | str) -> Any:
 def _unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError) or not path.exists():
         return f"there is no file {path}"
-    reason = " ".join(str(error).split())[:120]
-    return f"{path}: cannot be read, it is truncated or not a checkpoint ({reason})"
+    return f"{path}: cannot be read, it is truncated or not a checkpoint ({one_line(error, 120)})"
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
     """Put the weights of a file into a network of the same architecture.
 
-    The dead `sub_block1` of TRADES' WideResNet is ignored. Raises UsageError naming the first
-    difference.
+    The prefix of DataParallel and the dead `sub_block1` of TRADES' WideResNet are ignored unless
+    the network has such names itself. Raises UsageError naming the first difference.
     """
-    weights = {k: v for k, v in read_weights(path).items() if not k.startswith("sub_block1.")}
-    own = net.state_dict()
+    own, weights = net.state_dict(), read_weights(path)
+    if not any(name.startswith("module.") for name in own):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = {name: value for name, value in weights.items()
+               if name in own or not name.startswith("sub_block1.")}
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     if missing or extra or shapes:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import Classifier, frozen
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 
 
 @torch.no_grad()
@@ -18,12 +18,10 @@ def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
     """
     with frozen(model):
         try:
-            logits = model(x)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UsageError(f"the model cannot take images of shape {tuple(x.shape)}: {reason}"
-                             ) from None
-        again = model(x)
+            logits, again = model(x), model(x)
+        except Exception as error:  # a user's code may raise anything
+            raise UsageError(f"the model cannot take images of shape {tuple(x.shape)}: "
+                             f"{one_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits (N, K) for images (N, C, H, W), "

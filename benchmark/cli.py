@@ -29,7 +29,7 @@ def _shared(function: F) -> F:
     """The options of `run` and `eval`: what is attacked, and how."""
     options = [
         click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
-                     help="Settings as YAML, named like the options; options override it."),
+                     help="Settings as YAML, such as `defense: [peeraid]`; options override it."),
         click.option("--dataset", metavar="NAME",
                      help="digits (default), cifar10, ..., folder:PATH. See `robench list`."),
         click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
@@ -43,10 +43,11 @@ def _shared(function: F) -> F:
                      "torchattacks:MIFGSM, pyautoattack:standard,limit=1000.  "
                      "[default: fgsm, pgd-20, cw, pyautoattack:standard]"),
         click.option("--limit", type=int, metavar="N", help="Attack the first N test images only."),
-        click.option("--batch-size", type=int, metavar="N", help="Of the attacks.  [default: 250]"),
+        click.option("--batch-size", type=int, metavar="N", help="Of the attacks.  [default: 500]"),
         click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),
         click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-                     help="Where everything goes.  [default: runs]"),
+                     help="Where everything goes; its reports are about the last command.  "
+                     "[default: runs, for eval runs/eval]"),
         click.option("--quiet", is_flag=True, help="No progress."),
     ]
     for option in reversed(options):
@@ -90,10 +91,12 @@ def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any)
             raise UsageError(f"--set {text}: write KEY=VALUE")
         defense, dot, option = key.rpartition(".")
         parsed = parse_value(value, f"--set {text}")
-        if dot and defense != "train":
-            values.setdefault("options", {}).setdefault(defense, {})[option] = parsed
-        else:
-            values.setdefault("train", {})[option] = parsed
+        group = values
+        for name in ("options", defense) if dot and defense != "train" else ("train",):
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):  # written so in the file of --config
+                raise UsageError(f"{name}: write settings, one `name: value` a line, not {group!r}")
+        group[option] = parsed
 
     from robench.benchmark.matrix import run as run_matrix
     from robench.benchmark.sources import default_jobs

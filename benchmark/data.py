@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 from robench.registry import Registry
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -220,7 +220,7 @@ def _torchvision(
         classes = tuple(getattr(parts[0], "classes", TEN_DIGITS))
         train, test = (_from_torchvision(part, len(classes)) for part in parts)
     except Exception as error:  # damaged bytes may raise anything in a parser
-        raise UsageError(f"cannot read {name} in {root} ({_one_line(error)}): {how}") from error
+        raise UsageError(f"cannot read {name} in {root} ({one_line(error)}): {how}") from error
     return Dataset(name, train, test, classes, augment)
 
 
@@ -314,9 +314,5 @@ def _read_pixels(file: Path) -> np.ndarray[Any, Any]:
     except UsageError:
         raise
     except Exception as error:  # damaged bytes may raise anything in a decoder
-        raise UsageError(f"cannot read {file} ({_one_line(error)})") from error
+        raise UsageError(f"cannot read {file} ({one_line(error)})") from error
     return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from robench.benchmark import zoo
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 
 PACKAGES = ("robench", "torch", "torchvision", "numpy", "pandas", "scikit-learn", "torchattacks",
             "pyautoattack", "robustbench", "setuptools")
@@ -75,4 +75,4 @@ def _try(name: str, action: Callable[[], str], cure: str) -> Finding:
     try:
         return Finding(name, True, action())
     except (ImportError, RuntimeError, UsageError) as error:
-        return Finding(name, False, " ".join(str(error).split())[:160], cure)
+        return Finding(name, False, one_line(error), cure)

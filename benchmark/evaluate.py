@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from robench.attacks.base import Attack, Classifier, frozen
+from robench.attacks.base import Attack, Classifier, frozen, memory_format
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.checks import check_finite, check_logits
@@ -48,6 +48,14 @@ class Measurement:
     max_distance: float
     violations: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the attack noted, and claimed examples that were not counted."""
+        if not self.violations:
+            return self.notes
+        return (*self.notes, f"outside: {self.violations} claimed examples were outside "
+                f"{self.threat} and were not counted")
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def evaluate(
         clean=float(target.correct.mean()),
         robust={m.attack.label: float(m.robust.mean()) for m in measurements},
         measurements=measurements,
-        warnings=target.warnings,
+        warnings=(*target.warnings, *(w for m in measurements for w in m.warnings)),
     )
 
 
@@ -123,7 +131,7 @@ class Target:
             ])
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        x = self.data.x[start:stop].contiguous(memory_format=torch.channels_last)
+        x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
         return x.to(self.device), self.data.y[start:stop].to(self.device)
 
 
@@ -144,7 +152,7 @@ def measure(
     """
     attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
-    kept = _load_partial(partial, target.correct[:n])
+    kept = _load_partial(partial, target.correct[:n], target.batch_size)
     done, robust, seconds, farthest, violations, notes = kept
     for start in range(done, n, target.batch_size):
         stop = min(start + target.batch_size, n)
@@ -153,7 +161,8 @@ def measure(
         todo = torch.from_numpy(target.correct[start:stop]).to(target.device)
         if bool(todo.any()):
             x, y = x[todo], y[todo]
-            with seeded(seed, "attack", spec.label, start):
+            # In TF32 an attack would stop at examples that fp32 does not confirm.
+            with seeded(seed, "attack", spec.label, start), full_precision():
                 x_adv = attack(target.model, x, y)
             notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
             verdict = verify(target.model, x, x_adv, y, threat)
@@ -162,7 +171,9 @@ def measure(
             if bool(verdict.fooled.any()):
                 farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
         seconds += time.perf_counter() - began
-        _save_partial(partial, stop, robust, seconds, farthest, violations, notes)
+        _save_partial(partial, done=stop, robust=robust, seconds=seconds, farthest=farthest,
+                      violations=violations, batch_size=target.batch_size,
+                      notes=np.array(notes, dtype=str))
         progress(stop, n, int(robust[:stop].sum()))
     return Measurement(
         attack=spec,
@@ -207,13 +218,13 @@ def _npz(**arrays: Any) -> bytes:
 
 
 def _load_partial(
-    path: Path | None, correct: Flags
+    path: Path | None, correct: Flags, batch_size: int
 ) -> tuple[int, Flags, float, float, int, list[str]]:
     """(images done, robust flags, seconds, largest distance, violations, notes) so far."""
     if path is not None and path.exists():
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
-                if len(kept["robust"]) == len(correct):
+                if len(kept["robust"]) == len(correct) and int(kept["batch_size"]) == batch_size:
                     return (int(kept["done"]), kept["robust"].copy(), float(kept["seconds"]),
                             float(kept["farthest"]), int(kept["violations"]),
                             [str(note) for note in kept["notes"]])
@@ -222,10 +233,6 @@ def _load_partial(
     return 0, correct.copy(), 0.0, 0.0, 0, []
 
 
-def _save_partial(
-    path: Path | None, done: int, robust: Flags, seconds: float, farthest: float, violations: int,
-    notes: list[str],
-) -> None:
+def _save_partial(path: Path | None, **state: Any) -> None:
     if path is not None:
-        write_atomic(path, _npz(done=done, robust=robust, seconds=seconds, farthest=farthest,
-                                violations=violations, notes=np.array(notes, dtype=str)))
+        write_atomic(path, _npz(**state))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from robench.benchmark.checks import check_logits
 from robench.benchmark.matrix import Matrix, Pair, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
@@ -12,7 +13,7 @@ from robench.benchmark.spec import RunSpec
 from robench.errors import RobenchError
 from robench.reports import render
 from robench.reports.record import Record
-from robench.reports.store import Results, anchored
+from robench.reports.store import RECORDS, Results, anchored, load
 
 
 def evaluate_external(
@@ -29,14 +30,25 @@ def evaluate_external(
     records: list[Record] = []
     for network in networks:
         net = network.net.to(matrix.device)
-        subject = Subject(net, spec.out / "eval", network.source, _facts(network))
+        check_logits(net, matrix.probe, matrix.test.y)
+        subject = Subject(net, spec.out / "eval", network.source, _facts(network), matrix.probe)
         pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in spec.attacks]
         records += matrix.attack(subject, pairs, spec.seeds[0])
     results = anchored(Results(records), spec.out)
+    if (spec.out / RECORDS).exists():  # what was evaluated into this folder before stays
+        earlier = load([spec.out])
+        again = {_identity(record) for record in records}
+        kept = [record for record in earlier.records if _identity(record) not in again]
+        results = Results([*kept, *results.records], earlier.transfers, earlier.epochs)
     render(results, spec.out)
     if matrix.failures:
         raise RobenchError("; ".join(matrix.failures))
     return results
+
+
+def _identity(record: Record) -> tuple[object, ...]:
+    return (record.source, record.weights_sha256, record.attack, record.attack_seed, record.threat,
+            record.data_sha256)
 
 
 def _facts(network: Network) -> dict[str, Any]:
@@ -53,7 +65,7 @@ def _facts(network: Network) -> dict[str, Any]:
         "epochs": 0,
         "train_seconds": 0.0,
         "teacher_seconds": 0.0,
-        "selection": "none",
+        "selection": header.selection if header else "unknown",
         "checkpoint": header.checkpoint if header else "",
         "epoch": header.epoch if header else -1,
         "ranked": True,

@@ -8,14 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
+from robench.attacks.base import frozen
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
+from robench.attacks.verify import full_precision
+from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
 from robench.benchmark.checkpoints import Header, read_header, weights_sha256
+from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images, check_images, load_dataset
-from robench.benchmark.evaluate import Target, measure, save_flags
+from robench.benchmark.evaluate import Target, attack_config, measure, save_flags
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.recipe import default_threat
@@ -23,7 +28,7 @@ from robench.benchmark.sources import Network, load_network, pick_device
 from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
 from robench.benchmark.transfer import crafting, rob_f
 from robench.defenses.trainer import TrainingFailed
-from robench.errors import RobenchError, UsageError
+from robench.errors import RobenchError, UsageError, one_line
 from robench.files import write_atomic
 from robench.reports import render
 from robench.reports.record import Epoch, Record, Transfer
@@ -54,9 +59,18 @@ class Subject:
     label: str
     facts: dict[str, Any]
 
+    images: Tensor  # (8, C, H, W) for the fingerprint
+
     @cached_property
     def weights(self) -> str:
         return weights_sha256(self.net)
+
+    @cached_property
+    def fingerprint(self) -> tuple[float, ...]:
+        """The largest logit of each image: the same weights may be used in another way."""
+        with torch.no_grad(), frozen(self.net), full_precision():
+            top = self.net(self.images).amax(1)
+        return tuple(float(f"{value:.6g}") for value in top.tolist())
 
 
 Pair = tuple[AttackSpec, ThreatModel, Literal["table", "curve"]]
@@ -74,6 +88,7 @@ class Matrix:
         limit = SMOKE_IMAGES if spec.smoke else spec.limit
         test = self.dataset.test.take(limit)
         self.test = Images(*check_images(test.x, test.y, len(self.dataset.classes)))
+        self.probe = self.test.x[:8].to(self.device)
         self.test_sha256: dict[int, str] = {}
         self.failures: list[str] = []
         self.measured = 0
@@ -127,8 +142,10 @@ class Matrix:
             return None
         path = Path(source)
         named = path.suffix == ".safetensors" and read_header(path) is not None
-        return load_network(source, self.dataset, self.threat,
-                            model=None if named else self.spec.model)
+        teacher = load_network(source, self.dataset, self.threat,
+                               model=None if named else self.spec.model)
+        check_logits(teacher.net, self.test.x[:2], self.test.y)
+        return teacher
 
     def _train(self, cell: Cell, done: dict[str, Result]) -> None:
         missing = [name for name, teacher in cell.teachers.items()
@@ -151,14 +168,14 @@ class Matrix:
     def pending(self, cell: Cell, name: str) -> bool:
         """Whether an attack on this checkpoint is still to be measured."""
         subject, pairs = self._subject(cell, name)
-        return any(_kept(path, subject.facts) is None
+        return any(_kept(path, subject) is None
                    for *_, path in self._places(subject, pairs, cell.spec.seed))
 
     def _subject(self, cell: Cell, name: str) -> tuple[Subject, list[Pair]]:
         ranked = name in cell.ranked
         net, header = cell.network(name, self.device)
         subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
-                          self._facts(cell, header, net, ranked))
+                          self._facts(cell, header, net, ranked), self.probe)
         attacks = self.spec.attacks if ranked else (UNRANKED,)
         pairs: list[Pair] = [(attack, self.threat, "table") for attack in attacks]
         if ranked:
@@ -183,7 +200,7 @@ class Matrix:
             "epochs": spec.train.epochs,
             "train_seconds": result.seconds,
             "teacher_seconds": cell.teacher_seconds(),
-            "selection": "none" if spec.train.select == "last" else spec.train.select,
+            "selection": selection_of(spec.train),
             "checkpoint": header.checkpoint,
             "epoch": header.epoch,
             "ranked": ranked,
@@ -199,8 +216,16 @@ class Matrix:
         """Each attack with the file of its record, named by everything the outcome depends on."""
         for spec, threat, role in pairs:
             n = min(spec.limit or len(self.test), len(self.test))
-            identity = {"weights": subject.weights, "attack": spec.model_dump(mode="json"),
-                        "seed": seed, "threat": str(threat), "data": self._test_hash(n)}
+            identity = {
+                "weights": subject.weights,
+                "network": [subject.facts["source"], subject.facts["model"]],
+                "attack": spec.model_dump(mode="json"),
+                "config": attack_config(spec.build(threat)),  # defaults and versions included
+                "batch_size": self.spec.batch_size,  # the noise is drawn per batch
+                "seed": seed,
+                "threat": str(threat),
+                "data": self._test_hash(n),
+            }
             path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
             yield spec, threat, role, path
 
@@ -209,8 +234,10 @@ class Matrix:
         target: Target | None = None
         for spec, threat, role, path in self._places(subject, pairs, seed):
             facts = {**subject.facts, "role": role}
-            record = _kept(path, facts)
-            if record is None:
+            record = _kept(path, subject)
+            if record is not None:
+                record = record.model_copy(update=facts)
+            else:
                 if target is None:
                     target = Target(subject.net, self.test, self.spec.batch_size)
                     for warning in target.warnings:
@@ -223,6 +250,8 @@ class Matrix:
         path: Path, seed: int, facts: dict[str, Any],
     ) -> Record:
         self.measured += 1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         n = min(spec.limit or len(self.test), len(self.test))
         flags, partial = path.with_suffix(".npz"), path.with_suffix(".partial")
         known = {
@@ -235,7 +264,9 @@ class Matrix:
             "classes": len(self.dataset.classes),
             "parameters": sum(p.numel() for p in subject.net.parameters()),
             "weights_sha256": subject.weights,
+            "fingerprint": subject.fingerprint,
             "attack": spec.label,
+            "attack_seed": seed,
             "threat": str(threat),
             "batch_size": self.spec.batch_size,
             "n_correct": int(target.correct[:n].sum()),
@@ -246,14 +277,10 @@ class Matrix:
                             progress=lambda done, total, robust: update(
                                 done / total, f"robust {robust}/{done}"))
         except Exception as error:  # third-party attacks raise whatever they like
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = one_line(error)
             self.failures.append(f"{subject.label}, {spec.label}: {reason}")
             return Record(**known, attack_config={}, n_robust=0, seconds=0, max_distance=0,
                           violations=0, warnings=target.warnings, status="failed", error=reason)
-        warnings = (*target.warnings, *m.notes)
-        if m.violations:
-            warnings += (f"outside: {m.violations} claimed examples were outside {threat} and "
-                         "were not counted",)
         record = Record(
             **known,
             attack_config=m.config,
@@ -261,7 +288,7 @@ class Matrix:
             seconds=m.seconds,
             max_distance=m.max_distance,
             violations=m.violations,
-            warnings=warnings,
+            warnings=(*target.warnings, *m.warnings),
             status="ok",
             flags=str(flags.relative_to(self.spec.out)),
         )
@@ -327,19 +354,19 @@ def _slug(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-=." else "_" for c in label)[:80]
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> Record | None:
-    """The record of an earlier run, with what this run says about its network."""
+def _kept(path: Path, subject: Subject) -> Record | None:
+    """The record of an earlier run, if the network still gives the same logits."""
     try:
         record = Record.model_validate_json(path.read_text())
-        if not path.with_suffix(".npz").exists():
-            return None
-        return record.model_copy(update=facts)
+        same = np.allclose(record.fingerprint, subject.fingerprint, rtol=1e-3, atol=1e-3)
+        return record if same and path.with_suffix(".npz").exists() else None
     except (OSError, ValidationError):  # not there, or damaged: measure again
         return None
 
 
 def _kept_transfers(path: Path) -> list[Transfer] | None:
     try:
-        return [Transfer.model_validate_json(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines()
+        return [Transfer.model_validate_json(line) for line in lines] or None
     except (OSError, ValidationError):
         return None

@@ -7,18 +7,23 @@ whose parent was killed, does no harm.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 
 import torch
 
 from robench.benchmark.cells import Cell
 from robench.benchmark.matrix import Matrix
-from robench.benchmark.progress import Reporter
+from robench.benchmark.progress import Message, Remote, Reporter
+from robench.benchmark.sources import cores
 from robench.benchmark.spec import RunSpec
-from robench.errors import RobenchError
+from robench.errors import RobenchError, UsageError
 
 _matrix: Matrix  # of this worker process
 _cells: dict[str, Cell]
@@ -28,49 +33,86 @@ def work_ahead(matrix: Matrix, cells: Sequence[Cell], rows: Sequence[Cell]) -> i
     """Train all cells, then attack the networks of all rows, in `matrix.spec.jobs` processes.
 
     Returns how many measurements were made. The rest, and every failure, is left to the caller,
-    who goes through everything again and does what is still missing.
+    who goes through everything again and does what is still missing. Raises RobenchError if a
+    process dies.
     """
-    spec, quiet = matrix.spec, matrix.reporter.quiet
-    threads = max(1, (os.cpu_count() or 1) // spec.jobs)
-    # spawn: a forked child inherits torch's thread pools in an unusable state
-    with ProcessPoolExecutor(
-        spec.jobs, get_context("spawn"), initializer=_start, initargs=(spec, threads, quiet)
-    ) as pool:
-        try:
-            done = {cell.spec.key() for cell in cells if cell.result() is not None}
-            while wave := [c for c in cells if c.spec.key() not in done and _ready(c, done)]:
-                _wait([pool.submit(_guarded, "train", cell.spec.key()) for cell in wave])
-                done |= {cell.spec.key() for cell in wave}
-            trained = [cell for cell in rows if cell.result() is not None]
-            tasks: list[tuple[str, Cell, tuple[str, ...]]]
-            tasks = [("records", cell, (name,)) for cell in trained for name in cell.checkpoints
-                     if matrix.pending(cell, name)]
-            return _wait([pool.submit(_guarded, task, cell.spec.key(), *arguments)
-                          for task, cell, arguments in tasks])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with _pool(matrix.spec, matrix.reporter) as pool:
+        tried: set[str] = set()
+        while wave := [cell for cell in cells if cell.spec.key() not in tried
+                       and cell.result() is None and _taught(cell)]:
+            _wait([pool.submit(_train, cell.spec.key()) for cell in wave])
+            tried |= {cell.spec.key() for cell in wave}
+        return _wait([pool.submit(_attack, cell.spec.key(), name)
+                      for cell in rows if cell.result() is not None
+                      for name in cell.checkpoints if _pending(matrix, cell, name)])
 
 
-def _ready(cell: Cell, done: set[str]) -> bool:
-    return all(not isinstance(t, Cell) or t.spec.key() in done for t in cell.teachers.values())
+def _taught(cell: Cell) -> bool:
+    return all(not isinstance(t, Cell) or t.result() is not None for t in cell.teachers.values())
+
+
+def _pending(matrix: Matrix, cell: Cell, name: str) -> bool:
+    try:
+        return matrix.pending(cell, name)
+    except UsageError:  # damaged: the caller will say so
+        return False
 
 
 def _wait(futures: list[Future[int]]) -> int:
     return sum(future.result() for future in as_completed(futures))
 
 
-def _start(spec: RunSpec, threads: int, quiet: bool) -> None:
+@contextlib.contextmanager
+def _pool(spec: RunSpec, reporter: Reporter) -> Iterator[ProcessPoolExecutor]:
+    """Processes are started when there is work; their progress is shown by `reporter`."""
+    # spawn: a forked child inherits torch's thread pools in an unusable state
+    context = multiprocessing.get_context("spawn")
+    messages: Queue[Message] = context.Queue()
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // spec.jobs)
+    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
+    screen.start()
+    pool = ProcessPoolExecutor(
+        spec.jobs, context, initializer=_start, initargs=(spec, threads, messages)
+    )
+    others, finished = set(multiprocessing.active_children()), False
+    try:
+        yield pool
+        finished = True
+    except BrokenProcessPool:
+        raise RobenchError("a worker process died, perhaps for want of memory; what is finished "
+                           "is kept: run it again with --jobs 1") from None
+    finally:
+        if not finished:  # nobody waits for what the workers are doing now
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+        pool.shutdown(wait=finished, cancel_futures=True)
+        messages.put(("end", None, None, None))
+        screen.join()
+
+
+def _start(spec: RunSpec, threads: int, messages: Queue[Message]) -> None:
     global _matrix, _cells
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _matrix = Matrix(spec, Reporter(quiet=quiet, bars=False))
+    _matrix = Matrix(spec, Remote(messages))
     _cells = {cell.spec.key(): cell for cell in _matrix.plan()[0]}
 
 
-def _guarded(task: str, key: str, *arguments: str) -> int:
-    """Do one task of this process's matrix; returns how many measurements it took."""
-    before = _matrix.measured
-    tasks: dict[str, Callable[..., object]] = {"train": _matrix.train, "records": _matrix.records}
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker process has a parent"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _train(key: str) -> int:
     with contextlib.suppress(RobenchError):
-        tasks[task](_cells[key], *arguments)
+        _matrix.train(_cells[key])
+    return 0
+
+
+def _attack(key: str, checkpoint: str) -> int:
+    before = _matrix.measured
+    with contextlib.suppress(RobenchError):
+        _matrix.records(_cells[key], checkpoint)
     return _matrix.measured - before

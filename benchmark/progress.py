@@ -1,11 +1,16 @@
-"""Progress on stderr: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: bars with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,15 +19,25 @@ from robench.defenses.trainer import EpochLog, Watcher
 
 QUIET_SECONDS = 15.0  # between two lines of one task where there is no terminal
 Update = Callable[[float, str], None]  # share done in [0, 1], metrics as text
+Message = tuple[str, Any, Any, Any]
 
 
 class Reporter:
     """Says what happens. Results go to stdout; everything here goes to stderr."""
 
-    def __init__(self, *, quiet: bool = False, bars: bool = True) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.bars = bars and sys.stderr.isatty()  # several processes cannot share one terminal
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}", markup=False),
+        )
+        self._bars = Progress(*columns, console=self.console)  # one display for all tasks
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -37,7 +52,7 @@ class Reporter:
         """Yields a function to call with the share done and a text of metrics."""
         if self.quiet:
             yield lambda share, text: None
-        elif self.bars:
+        elif sys.stderr.isatty():
             with self._bar(label) as update:
                 yield update
         else:
@@ -46,18 +61,16 @@ class Reporter:
 
     @contextmanager
     def _bar(self, label: str) -> Iterator[Update]:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}", markup=False),
-        )
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(label, total=1.0, metrics="")
-            yield lambda share, text: bar.update(task, completed=share, metrics=text)
+        self._bars.start()
+        task = self._bars.add_task(label, total=1.0, metrics="")
+        try:
+            yield lambda share, text: self._bars.update(task, completed=share, metrics=text)
+        finally:
+            self._bars.stop_task(task)
+            if all(t.finished or t.stop_time is not None for t in self._bars.tasks):
+                self._bars.stop()  # leaves the bars on the screen
+                for old in self._bars.task_ids:
+                    self._bars.remove_task(old)
 
     @contextmanager
     def _lines(self, label: str) -> Iterator[Update]:
@@ -75,6 +88,55 @@ class Reporter:
         yield update
         if time.monotonic() - began >= 1:  # what is quick needs no line
             self.say(f"{label}: {time.monotonic() - began:.0f} s  {metrics}")
+
+    def relay(self, messages: Queue[Message]) -> None:
+        """Show what Remote reporters send, until a message "end"."""
+        tasks: dict[Any, contextlib.ExitStack] = {}
+        updates: dict[Any, Update] = {}
+        while (message := messages.get())[0] != "end":
+            kind, key, *content = message
+            if kind == "open":
+                tasks[key] = contextlib.ExitStack()
+                updates[key] = tasks[key].enter_context(self.task(content[0]))
+            elif kind == "update":
+                updates[key](*content)
+            elif kind == "close":
+                tasks.pop(key).close()
+            else:
+                {"say": self.say, "warn": self.warn}[kind](content[0])
+        for task in tasks.values():  # of processes that died
+            task.close()
+
+
+class Remote(Reporter):
+    """The reporter of a worker process: sends everything to its parent's."""
+
+    def __init__(self, messages: Queue[Message]) -> None:
+        super().__init__()
+        self._messages = messages
+        self._numbers = itertools.count()
+
+    def say(self, text: str) -> None:
+        self._messages.put(("say", None, text, None))
+
+    def warn(self, text: str) -> None:
+        self._messages.put(("warn", None, text, None))
+
+    @contextmanager
+    def task(self, label: str) -> Iterator[Update]:
+        key, last = (os.getpid(), next(self._numbers)), 0.0
+
+        def update(share: float, text: str) -> None:
+            nonlocal last
+            if share >= 1 or time.monotonic() - last > 0.2:  # a person cannot read faster
+                last = time.monotonic()
+                self._messages.put(("update", key, share, text))
+
+        self._messages.put(("open", key, label, None))
+        try:
+            yield update
+        finally:
+            self._messages.put(("close", key, None, None))
 
 
 class EpochWatcher(Watcher):

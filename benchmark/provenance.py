@@ -50,14 +50,13 @@ def peak_bytes(device: torch.device) -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a Record that describe the machine and the moment."""
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "robench": robench.__version__,
         "torch": torch.__version__,
         "device": device_name(device),
         "commit": commit(),
-        "precision": "fp32, TF32 convolutions, verified in fp32" if tf32 else "fp32",
+        "precision": "fp32",
         "threads": torch.get_num_threads(),
         "peak_bytes": peak_bytes(device),
     }

@@ -24,6 +24,11 @@ class ModelSpec(BaseModel):
     name: str
     normalize: str | None = None
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a user's package.module:factory."""
+        return ":" in self.name
+
     def __str__(self) -> str:
         return self.name if self.normalize is None else f"{self.name}({self.normalize})"
 
@@ -75,6 +80,12 @@ class Recipe(Settings):
         return settings
 
 
+    def method_threat(self, defense: str, dataset: str) -> str | None:
+        """The threat model that the method itself is trained at, if the recipe names one."""
+        method = self.defenses.get(defense, MethodSettings())
+        return method.datasets.get(dataset, Settings()).threat or method.threat
+
+
 @cache
 def load_recipe(name: str) -> Recipe:
     """A recipe by the name of its file. Raises UsageError for an unknown one."""
@@ -88,18 +99,22 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(p.name[:-5] for p in FOLDER.iterdir() if p.name.endswith(".yaml")))
 
 
+def documented(recipe: str, defense: str, dataset: str) -> bool:
+    """Whether the recipe has settings for the pair."""
+    return "epochs" in load_recipe(recipe).resolve(defense, dataset).train
+
+
 def settings_for(recipe: str, defense: str, dataset: str) -> Settings:
     """Like Recipe.resolve, but raises UsageError if the recipe says nothing about the pair."""
     loaded = load_recipe(recipe)
-    settings = loaded.resolve(defense, dataset)
-    if "epochs" not in settings.train:
+    if not documented(recipe, defense, dataset):
         known = sorted(loaded.defenses.get(defense, MethodSettings()).datasets)
         where = f"only on {', '.join(known)}" if known else "nowhere"
         raise UsageError(
             f"recipe {recipe!r} documents {defense!r} {where}, not on {dataset!r}; "
             "use --recipe unified"
         )
-    return settings
+    return loaded.resolve(defense, dataset)
 
 
 def default_threat(dataset: str) -> str:

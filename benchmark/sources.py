@@ -15,7 +15,7 @@ from robench.benchmark.checkpoints import Header, load_checkpoint, load_weights,
 from robench.benchmark.data import Dataset
 from robench.benchmark.models import build_model
 from robench.benchmark.zoo import load_robustbench
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,14 @@ def _from_file(
 
 def default_jobs(device: str) -> int:
     """One process per core on the CPU, at most 4, since small networks use one core well."""
-    return 1 if pick_device(device).type != "cpu" else min(os.cpu_count() or 1, 4)
+    return 1 if pick_device(device).type != "cpu" else min(cores(), 4)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,6 +95,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UsageError(f"device {name!r} is not there ({reason})") from None
+        raise UsageError(f"device {name!r} is not there ({one_line(error)})") from None
     return device

@@ -95,7 +95,7 @@ class RunSpec(BaseModel):
         train_limit: train on this many images only (those held out for validation apart).
         teacher: a checkpoint, `package.module:factory` or `robustbench:NAME`; None means that
             missing teachers are trained.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        device: "auto", "cpu", "cuda", "cuda:1".
         jobs: processes that share the work; each gets its share of the cores.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
@@ -111,7 +111,7 @@ class RunSpec(BaseModel):
     recipe: str = "unified"
     threat: str | None = None
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    attacks: tuple[AttackSpec, ...] = DEFAULT_ATTACKS
+    attacks: tuple[AttackSpec, ...] = Field(default=DEFAULT_ATTACKS, min_length=1)
     epochs: int | None = Field(default=None, ge=1)
     train: dict[str, Any] = Field(default_factory=dict)
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -162,7 +162,15 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {text}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings, one `name: value` a line")
+    values = {_PLURALS.get(name, name): value for name, value in values.items()}
+    for name in ("train", "options"):
+        if not isinstance(values.get(name, {}), dict):
+            raise UsageError(f"{path}: {name} must hold settings, not {values[name]!r}")
     return values
+
+
+# A file may name what is repeatable on the command line as it is named there.
+_PLURALS = {"defense": "defenses", "baseline": "baselines", "attack": "attacks", "seed": "seeds"}
 
 
 class CellSpec(BaseModel):
@@ -181,6 +189,9 @@ class CellSpec(BaseModel):
     train_limit: int | None
     seed: int
     teachers: dict[str, str]  # network name -> key of its cell, or hash of given weights
+    augment: str = ""  # of the training images
+    code: str = ""  # hash of the source of a user's network; "" for robench's own
+    selection_sha256: str = ""  # of the test images, where the recipe selects on them
     notes: tuple[str, ...] = ()
 
     def key(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent
-from robench.attacks.base import frozen
+from robench.attacks.base import frozen, memory_format
 from robench.attacks.objectives import ce
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
@@ -58,10 +58,11 @@ def rob_f(
     ascent = crafting(threat)
     for start in range(0, len(data), batch_size):
         x = data.x[start : start + batch_size].to(device)
+        x = x.contiguous(memory_format=memory_format(nets["student"]))
         y = data.y[start : start + batch_size].to(device)
         crafted = {}
         for name, net in nets.items():
-            with seeded(seed, "rob_f", start), frozen(net):
+            with seeded(seed, "rob_f", start), frozen(net), full_precision():
                 crafted[name] = ascent.maximize(_loss_on(net, y), x)
         student_right = _right(nets["student"], crafted["student"], y)
         for name, net in nets.items():

@@ -20,7 +20,7 @@ from types import ModuleType
 from torch import nn
 
 from robench.attacks.threat import Norm
-from robench.errors import RobenchError, UsageError
+from robench.errors import RobenchError, UsageError, one_line
 from robench.registry import unknown
 
 CURE = "pip install --force-reinstall --no-deps robustbench"
@@ -87,8 +87,7 @@ def load_robustbench(name: str, dataset: str, norm: Norm, folder: Path) -> nn.Mo
                 model_name=name, model_dir=str(folder), dataset=dataset, threat_model=norm
             )
     except Exception as error:  # whatever its many loaders raise
-        reason = " ".join(str(error).split())[:160]
         place = folder / dataset / norm / f"{name}.pt"
         raise RobenchError(f"robustbench:{name} could not be loaded from {place} "
-                           f"({type(error).__name__}: {reason})") from None
+                           f"({one_line(error)})") from None
     return net.eval()

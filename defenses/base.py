@@ -7,16 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent, Start
 from robench.attacks.base import Mode, frozen
 from robench.attacks.threat import ThreatModel
-from robench.errors import UsageError
+from robench.options import checked
 from robench.registry import Registry
 
 Nets = Mapping[str, nn.Module]  # "student", and "teacher" or "peer" where a method needs one
@@ -57,6 +56,13 @@ class Defense(ABC):
     def perturbed(self, nets: Nets, objective: Callable[[Nets], Losses]) -> Iterator[None]:
         """Weights may be displaced while the gradient is taken (AWP, SAM). Default: not."""
         yield
+
+    def at(self, share: float) -> Defense:
+        """The defense at this share of the training, 0 <= share < 1: for schedules.
+
+        A schedule of eps or of a weight returns `dataclasses.replace(self, ...)`. Default: self.
+        """
+        return self
 
     def after_step(self, nets: Nets, x: Tensor, y: Tensor) -> None:  # noqa: B027
         """Called when the optimizers have stepped. Default: nothing."""
@@ -124,15 +130,7 @@ DEFENSES: Registry[type[Defense]] = Registry("defense", "robench.defenses", _bui
 def make_defense(name: str, threat: ThreatModel, /, **options: Any) -> Defense:
     """Build a defense by name. Raises UsageError for an unknown name, option or kind of value."""
     cls = DEFENSES[name].value
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    known, hints = [n for n in names if n != "threat"], get_type_hints(cls)
-    for option, value in options.items():
-        if option not in known:
-            raise UsageError(f"defense {name!r} has no option {option!r}; it has "
-                             f"{', '.join(known) or 'none'}")
-        try:
-            options[option] = TypeAdapter(hints[option]).validate_python(value)
-        except ValidationError as error:
-            what = error.errors()[0]["msg"]
-            raise UsageError(f"{name}.{option}: {what}, not {value!r}") from None
-    return cls(**options, **({"threat": threat} if "threat" in names else {}))
+    made = checked(options, cls, "defense", name)
+    if any(field.name == "threat" for field in fields(cls)):  # type: ignore[arg-type]
+        made["threat"] = threat
+    return cls(**made)

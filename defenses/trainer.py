@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from robench.attacks.base import frozen
+from robench.attacks.base import frozen, memory_format
 from robench.attacks.gradient import PGD
 from robench.attacks.threat import ThreatModel
 from robench.defenses.averaging import WeightAverage
@@ -104,6 +104,17 @@ class EpochLog:
     swa_clean: float | None = None
     swa_robust: float | None = None
 
+    @property
+    def score(self) -> tuple[float, float] | None:
+        """What the selection compares: robust accuracy, clean accuracy where that is equal."""
+        return None if self.robust is None or self.clean is None else (self.robust, self.clean)
+
+    @property
+    def swa_score(self) -> tuple[float, float] | None:
+        if self.swa_robust is None or self.swa_clean is None:
+            return None
+        return self.swa_robust, self.swa_clean
+
 
 class Keeper(Protocol):
     """Where a training run keeps what must survive it."""
@@ -126,8 +137,8 @@ class _Progress:
 
     epoch: int = 0  # the next one
     history: list[EpochLog] = field(default_factory=list)
-    best: float = -1.0
-    swa_best: float = -1.0
+    best: tuple[float, float] = (-1.0, -1.0)  # (robust, clean): clean decides a tie
+    swa_best: tuple[float, float] = (-1.0, -1.0)
     average: WeightAverage = field(default_factory=WeightAverage)
 
 
@@ -178,7 +189,8 @@ def fit(
     while progress.epoch < config.epochs:
         epoch = progress.epoch
         with seeded(seed, "epoch", epoch):
-            log = _epoch(defense, nets, optimizers, train, augment, config, epoch, watcher)
+            now = defense.at(epoch / config.epochs)
+            log = _epoch(now, nets, optimizers, train, augment, config, epoch, watcher)
             student, average = nets["student"], None
             if config.averages(epoch):
                 progress.average.update(student)
@@ -213,11 +225,11 @@ def _epoch(
     started = time.perf_counter()
     steps = _steps(len(train[0]), config.batch_size)
     seen: list[dict[str, Tensor]] = []
-    lr = config.lr_at(epoch)
+    lr, layout = config.lr_at(epoch), memory_format(nets["student"])
     for name in defense.trained:
         nets[name].train()
     for step, (clean, y) in enumerate(_batches(train, config.batch_size)):
-        x = augment(clean).contiguous(memory_format=torch.channels_last)
+        x = augment(clean).contiguous(memory_format=layout)
         if config.lr_per_iteration:
             lr = config.lr_at(epoch + (step + 1) / steps)
         for optimizer in optimizers.values():
@@ -300,13 +312,13 @@ def _keep_networks(
     log, epoch = progress.history[-1], progress.epoch - 1
     others = [name for name in defense.trained if name != "student"]
     is_last = progress.epoch == config.epochs
-    if log.robust is not None and log.robust > progress.best:
-        progress.best = log.robust
+    if log.score is not None and log.score >= progress.best:  # the later one of two equals
+        progress.best = log.score
         keeper.save_network("best", nets["student"], epoch)
         for name in others:  # the partner of the best student
             keeper.save_network(name, nets[name], epoch)
-    if average is not None and log.swa_robust is not None and log.swa_robust > progress.swa_best:
-        progress.swa_best = log.swa_robust
+    if average is not None and log.swa_score is not None and log.swa_score >= progress.swa_best:
+        progress.swa_best = log.swa_score
         keeper.save_network("swa", average, epoch)
     if is_last:
         keeper.save_network("last", nets["student"], epoch)

@@ -60,10 +60,20 @@ def strongest(rows: Sequence[Row]) -> str | None:
 
 
 def find_baseline(row: Row, group: Sequence[Row]) -> Row | None:
-    """The first baseline of the group: one with the row's model, or else any."""
-    baselines = [other for other in group if other.baseline]
-    same = [other for other in baselines if other.key.model == row.key.model]
-    return next(iter(same or baselines), None)
+    """The first baseline of the group that is like the row but for the defense.
+
+    Of the same recipe, and averaged (SWA) if the row is, or else the gain of averaging would be
+    counted as the defense's; with the row's model if there is one. None if there is none.
+    """
+    fair = [other for other in group
+            if other.baseline and other.key.recipe == row.key.recipe
+            and _averaged(other) == _averaged(row)]
+    same = [other for other in fair if other.key.model == row.key.model]
+    return next(iter(same or fair), None)
+
+
+def _averaged(row: Row) -> bool:
+    return row.key.checkpoint.startswith("swa")
 
 
 def difference(row: Row, baseline: Row, attack: str | None) -> Difference | None:

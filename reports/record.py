@@ -39,6 +39,7 @@ class Record(BaseModel):
     source: str  # "trained", or where the weights came from
     parameters: int
     weights_sha256: str
+    fingerprint: tuple[float, ...]  # the largest logit of each of the first 8 test images
     # how it was trained
     defense: str
     defense_config: dict[str, Any]
@@ -46,8 +47,8 @@ class Record(BaseModel):
     epochs: int
     train_seconds: float
     teacher_seconds: float  # training time of the teachers it needed; 0 without
-    selection: str  # "val", "test" or "none"
-    checkpoint: str  # "best", "last", "swa", "swa-last", "peer", "peer-last"
+    selection: str  # "val", "test", "none"; "unknown" for weights from outside
+    checkpoint: str  # "best", "last", "swa", "swa-last", "peer"
     epoch: int  # 0-based epoch of the weights; -1 if unknown
     notes: tuple[str, ...] = ()  # what a reader of a table must know about the recipe
     ranked: bool  # a row of the leaderboard: the checkpoint its recipe names
@@ -57,6 +58,7 @@ class Record(BaseModel):
     # how it was attacked
     attack: str
     attack_config: dict[str, Any]
+    attack_seed: int
     threat: str  # "Linf:8/255", the key to group by
     n_correct: int  # clean
     n_robust: int  # correct on the clean image and not fooled

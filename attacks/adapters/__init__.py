@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from robench.attacks.base import Classifier, frozen
 from robench.attacks.threat import ThreatModel
 from robench.errors import UsageError
+from robench.randomness import cuda_devices
 
 
 def library(name: str) -> ModuleType:
@@ -94,10 +95,6 @@ def _images_only(model: Classifier) -> Classifier:
     return logits
 
 
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 @contextlib.contextmanager
 def isolated(model: Classifier, seed: int) -> Iterator[None]:
     """Run foreign code: `model` is frozen, nothing is printed, and every global comes back.
@@ -105,12 +102,11 @@ def isolated(model: Classifier, seed: int) -> Iterator[None]:
     Inside, the generators of torch, numpy and Python start from `seed`. Afterwards their states
     are as before, and so is the trace function (pyautoattack's checks switch coverage off).
     """
-    cuda = list(range(torch.cuda.device_count())) if _cuda_in_use() else []
     python, numpy, trace = random.getstate(), np.random.get_state(), sys.gettrace()
     try:
         with (
             frozen(model),
-            torch.random.fork_rng(devices=cuda),
+            torch.random.fork_rng(devices=cuda_devices()),
             torch.enable_grad(),
             contextlib.redirect_stdout(io.StringIO()),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ class PyAutoAttack:
         threat: gives eps and norm.
         name: a version (standard, plus, rand) or a part (apgd-ce, square, ...).
         seed: None draws one per call from torch's global generator.
+        library: its version.
     """
 
     threat: ThreatModel
     name: str
     seed: int | None = None
+    library: str = field(default_factory=lambda: version("pyautoattack"), init=False)
     _notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property

@@ -8,6 +8,7 @@ from robench.benchmark.models.build import NORMALIZE as NORMALIZE
 from robench.benchmark.models.build import Normalize as Normalize
 from robench.benchmark.models.build import build_model as build_model
 from robench.benchmark.models.build import load_factory as load_factory
+from robench.benchmark.models.build import source_hash as source_hash
 from robench.benchmark.models.mobilenet import mobilenetv2 as mobilenetv2
 from robench.benchmark.models.resnet import preactresnet18 as preactresnet18
 from robench.benchmark.models.resnet import resnet18 as resnet18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 from robench.registry import Registry, unknown
 
 # name -> function (classes, channels, size: those that it needs) -> network
@@ -69,7 +70,7 @@ def build_model(
     except UsageError:
         raise
     except Exception as error:  # a user's code may raise anything
-        raise UsageError(f"model {name!r} could not be built: {_one_line(error)}") from error
+        raise UsageError(f"model {name!r} could not be built: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"model {name!r}: the factory returned {type(network).__name__}, not an nn.Module"
@@ -102,7 +103,7 @@ def load_factory(name: str) -> Callable[..., nn.Module]:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the module's own code raises
         raise UsageError(
-            f"model {name!r}: cannot import {module_name!r}: {_one_line(error)}"
+            f"model {name!r}: cannot import {module_name!r}: {one_line(error)}"
         ) from error
     finally:
         sys.path.remove("")
@@ -125,5 +126,20 @@ def _accepted(function: Callable[..., Any], offered: dict[str, int]) -> dict[str
     return {key: value for key, value in offered.items() if key in named}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def source_hash(network: nn.Module, factory: str) -> str:
+    """A hash of what a user's network is made of: its layers, and the source of its own classes.
+
+    What a forward calls outside of these classes is not seen.
+    """
+    parts = [repr(network), _source(load_factory(factory))]
+    classes = {type(module) for module in network.modules()}
+    own = [c for c in classes if not c.__module__.startswith(("torch.", "robench."))]
+    parts += [_source(c) for c in sorted(own, key=lambda c: c.__qualname__)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # typed in, or compiled
+        return getattr(thing, "__qualname__", type(thing).__qualname__)

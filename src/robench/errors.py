@@ -11,3 +11,8 @@ class UsageError(RobenchError, ValueError):
     """The request itself is wrong (exit code 2): nothing was started, nothing written."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """Type and message of an error of somebody else's code, fit for the end of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]

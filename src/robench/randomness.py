@@ -15,9 +15,15 @@ def derive(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def cuda_devices() -> list[int]:
+    """The GPUs with generators worth saving: none before CUDA is in use, then all."""
+    used = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return list(range(torch.cuda.device_count())) if used else []
+
+
 @contextmanager
 def seeded(seed: int, *names: object) -> Iterator[None]:
     """Seed torch's global generators inside; restore them afterwards."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=cuda_devices()):
         torch.manual_seed(derive(seed, *names))
         yield

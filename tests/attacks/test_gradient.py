@@ -128,7 +128,7 @@ def test_steps_in_the_name():
         ("pgd", {"restarts": 0}, "restarts must be >= 1"),
         ("pgd", {"steps": -1}, "steps must be >= 0"),
         ("pgd", {"step_size": float("nan")}, "step_size must be >= 0"),
-        ("pgd", {"start": "zero"}, "unknown start"),
+        ("pgd", {"start": "zero"}, "not 'zero'"),
         ("nosuchlibrary:PGD", {}, "unknown attack adapter"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checkpoints: what is written is read back, and nothing else is trusted."""
 
+import copy
 import os
 import pickle
 import random
@@ -75,12 +76,12 @@ def test_the_hash_sees_every_value(make_network):
     net = make_network()
     seen = {weights_sha256(net)}
     for value in net.state_dict().values():  # parameters, statistics and counters
-        flat = value.view(-1)
-        kept = flat[-1].clone()
-        flat[-1] = flat[-1] + 1 if not value.is_floating_point() else flat[-1].nextafter(
+        corner = tuple(size - 1 for size in value.shape)
+        kept = value[corner].clone()
+        value[corner] = kept + 1 if not value.is_floating_point() else kept.nextafter(
             torch.tensor(torch.inf))
         seen.add(weights_sha256(net))
-        flat[-1] = kept
+        value[corner] = kept
     assert len(seen) == 1 + len(net.state_dict())
     assert weights_sha256(net) in seen
 
@@ -135,8 +136,23 @@ def test_safetensors_of_others(tmp_path, net):
     path = tmp_path / "net.safetensors"
     save_file({f"module.{k}": v for k, v in net.state_dict().items()}, path)
     assert read_header(path) is None
-    assert same(read_weights(path), dict(net.state_dict()))
+    fresh = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    load_weights(fresh, path)
+    assert same(dict(fresh.state_dict()), dict(net.state_dict()))
     assert "does not say which network it holds: add --model" in refused(load_checkpoint, path)
+
+
+def test_names_that_the_network_has_itself_are_kept(tmp_path, net):
+    own = nn.Sequential(OrderedDict(module=net, sub_block1=nn.Linear(1, 1)))
+    torch.save(own.state_dict(), tmp_path / "net.pt")
+    before = {k: v.clone() for k, v in own.state_dict().items()}
+    for p in own.parameters():
+        nn.init.zeros_(p)
+    load_weights(own, tmp_path / "net.pt")
+    assert same(own.state_dict(), before)
 
 
 class Evil:

@@ -304,7 +304,7 @@ def test_the_seed_and_the_attack_decide_about_the_noise(model, close):
 @pytest.mark.parametrize("limit", [1, 20, 33, 59])
 def test_more_images_do_not_change_the_flags_of_the_first_batches(model, close, limit):
     whole = measure(Target(model, close, 20), NOISY, THREAT)
-    part = measure(Target(model, close, 20), NOISY.model_copy(update={"limit": limit}), threat)
+    part = measure(Target(model, close, 20), NOISY.model_copy(update={"limit": limit}), THREAT)
     cut = Target(model, close.take(limit), 20)
     full_batches = limit // 20 * 20
     assert len(part.robust) == len(part.correct) == limit

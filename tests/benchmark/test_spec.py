@@ -1,5 +1,6 @@
 """Requests: how they are read, what is refused, and what the name of a cell depends on."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_values_that_cannot_be_read(text):
 
 def test_configuration_files(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("defenses: [trades, ard]\ntrain: {lr: 1e-3}\nattacks: pgd-5\nseeds: 3\n")
+    path.write_text("defense: [trades, ard]\ntrain: {lr: 1e-3}\nattacks: pgd-5\nseeds: 3\n")
     spec = RunSpec.create(read_config(path))
     assert spec.defenses == ("trades", "ard")
     assert spec.attacks == (AttackSpec(name="pgd-5"),)
@@ -188,6 +189,7 @@ def test_one_is_many():
         ({"attacks": 3}, "attacks"),
         ({"attacks": [{"nam": "x"}]}, "nam"),
         ({"attacks": None}, "attacks"),
+        ({"attacks": []}, "attacks: "),
     ],
 )
 def test_wrong_requests(values, message):
@@ -255,6 +257,19 @@ def test_the_key_depends_on_a_given_teacher(key, make_network):
     assert key("trades", teacher=first) == key("trades")
 
 
+def test_the_key_depends_on_the_source_of_a_users_network(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = ("from torch import nn\n\ndef net(classes):\n"
+              "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes, bias={bias}))\n")
+    keys = []
+    for bias in (True, False, True):
+        Path("users_net.py").write_text(source.format(bias=bias))
+        sys.modules.pop("users_net", None)
+        keys.append(key("standard", model="users_net:net"))
+    sys.modules.pop("users_net")
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_the_key_of_a_cell_is_stable():
     """Finished runs are found by it: a change of this number orphans all of them."""
     spec = CellSpec(
@@ -262,7 +277,7 @@ def test_the_key_of_a_cell_is_stable():
         options={"beta": 6.0}, threat="Linf:0.2", recipe="unified", train=TrainConfig(epochs=3),
         train_limit=None, seed=0, teachers={},
     )
-    assert spec.key() == spec.model_copy(update={"notes": ("a note",)}).key() == "0bb774ccc58d"
+    assert spec.key() == spec.model_copy(update={"notes": ("a note",)}).key() == "ae6a2b23f7b5"
 
 
 def test_digests_do_not_depend_on_order():
@@ -332,13 +347,15 @@ def test_folders_are_named_by_keys(digits):
         ({"defenses": "trades", "options": {"trades": {"threat": "L2:1"}}},
          "defense 'trades' has no option 'threat'"),
         ({"defenses": "trades", "options": {"trades": {"name": 1}}}, "has no option 'name'"),
-        ({"defenses": "trades", "options": {"trades": {"beta": "abc"}}}, "trades.beta: "),
-        ({"defenses": "trades", "options": {"trades": {"steps": 2.5}}}, "trades.steps: "),
-        ({"defenses": "trades", "options": {"trades": {"start": "x"}}}, "trades.start: "),
+        ({"defenses": "trades", "options": {"trades": {"beta": "abc"}}}, "option beta: "),
+        ({"defenses": "trades", "options": {"trades": {"steps": 2.5}}}, "option steps: "),
+        ({"defenses": "trades", "options": {"trades": {"start": "x"}}}, "option start: "),
         ({"defenses": "trades", "train": {"lrr": 3}}, "Did you mean: lr?"),
         ({"defenses": "trades", "train": {"validation": 0}}, "select: val needs validation"),
         ({"defenses": "trades", "train": {"validation": 10**6}}, "cannot hold out 1000000 of 1437"),
         ({"defenses": "trades", "train": {"batch_size": 1}}, "train.batch_size: "),
+        ({"defenses": "trades", "epochs": 5, "train": {"swa_start": 7}}, "5 epochs end before"),
+        ({"defenses": "trades", "model": "torch.nn:Identity"}, "must return logits (N, K)"),
         ({"defenses": "trades", "recipe": "unifide"}, "Did you mean: unified?"),
         ({"defenses": "rslad", "recipe": "as-released"}, "only on cifar10, cifar100"),
         ({"defenses": "trades", "threat": "Linf:8"}, "write Linf:8/255"),

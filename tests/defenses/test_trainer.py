@@ -134,6 +134,25 @@ def test_per_iteration_looks_the_rate_up_at_the_end_of_each_step(train, monkeypa
     assert [log.lr for log in history] == pytest.approx([1e-3, 1e-4])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(Plain):
+    """Writes its own share of the training into the log."""
+
+    share: float = -1.0
+
+    def at(self, share):
+        return replace(self, share=share)
+
+    def loss(self, nets, x, x_adv, y):
+        losses = super().loss(nets, x, x_adv, y)
+        return Losses({**losses.parts, "share": torch.tensor(self.share)})
+
+
+def test_a_defense_may_have_a_schedule_of_its_own(train):
+    history, _, _ = train(Scheduled(), epochs=4)
+    assert [log.losses["share"] for log in history] == [0, 0.25, 0.5, 0.75]
+
+
 def test_every_trained_network_has_the_same_rate(train, monkeypatch):
     rates = LearningRates(monkeypatch)
     train("peeraid", epochs=2, lr=0.1, milestones=(1,))
@@ -164,22 +183,31 @@ def test_impossible_settings_are_refused(wrong):
 class Scripted:
     """Replaces `accuracies`: gives out prepared (clean, robust) pairs, one a call."""
 
-    def __init__(self, monkeypatch, robust):
-        self.robust = iter(robust)
+    def __init__(self, monkeypatch, robust, clean=None):
+        self.pairs = iter(list(zip(clean or [0.9] * len(robust), robust, strict=True)))
         monkeypatch.setattr("robench.defenses.trainer.accuracies", self)
 
     def __call__(self, net, data, attack):
-        return 0.9, next(self.robust)
+        return next(self.pairs)
 
 
-def test_best_is_the_first_epoch_with_the_highest_robust_accuracy(train, monkeypatch):
-    Scripted(monkeypatch, [0.1, 0.4, 0.3, 0.4, 0.2])
+def test_best_is_the_epoch_with_the_highest_robust_accuracy(train, monkeypatch):
+    Scripted(monkeypatch, [0.1, 0.4, 0.3, 0.39, 0.2], clean=[0.5, 0.6, 0.7, 0.9, 0.9])
     history, nets, keeper = train(epochs=5)
-    assert [log.robust for log in history] == [0.1, 0.4, 0.3, 0.4, 0.2]
+    assert [log.robust for log in history] == [0.1, 0.4, 0.3, 0.39, 0.2]
     assert keeper.epochs == {"best": 1, "last": 4}
     last = keeper.networks["last"][1]
     assert all(torch.equal(v, last[k]) for k, v in nets["student"].state_dict().items())
     assert not torch.equal(keeper.networks["best"][1]["4.weight"], last["4.weight"])
+
+
+@pytest.mark.parametrize(
+    ("clean", "best"),
+    [([0.9, 0.8, 0.7], 0), ([0.7, 0.8, 0.7], 1), ([0.7, 0.8, 0.8], 2), ([0.9, 0.9, 0.9], 2)],
+)
+def test_clean_accuracy_decides_a_tie_and_then_the_later_epoch(train, monkeypatch, clean, best):
+    Scripted(monkeypatch, [0.4, 0.4, 0.4], clean)
+    assert train(epochs=3)[2].epochs == {"best": best, "last": 2}
 
 
 def test_the_kept_best_is_the_network_of_that_epoch(train, monkeypatch):
@@ -199,8 +227,8 @@ def test_the_average_has_a_best_of_its_own(train, monkeypatch):
 
 
 def test_a_robust_accuracy_of_zero_is_a_best_too(train, monkeypatch):
-    Scripted(monkeypatch, [0.0, 0.0])
-    assert train(epochs=2)[2].epochs == {"best": 0, "last": 1}
+    Scripted(monkeypatch, [0.0, 0.0], clean=[0.0, 0.0])
+    assert train(epochs=2)[2].epochs == {"best": 1, "last": 1}
 
 
 def test_the_peer_is_the_partner_of_the_best_student(train, monkeypatch):
