@@ -59,6 +59,10 @@ class Shield(nn.Module):
         self._dtype = x.dtype
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.requires_grad:
+            # A channels_last network returns gradients that the libraries' view() refuses.
+            images = images.view_as(images)
+            images.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
         return self._logits(images.to(self._dtype)).float()
 
 

@@ -56,7 +56,7 @@ class PyAutoAttack:
         with isolated(model, seed), logged_warnings("auto-attack") as warnings:
             attack = self._build(Shield(model, x), x.detach().float(), seed)
             x_adv, _ = attack.run_standard_evaluation(
-                x.detach().float().clone(), y.clone(), batch_size=len(x)
+                x.detach().float().contiguous().clone(), y.clone(), batch_size=len(x)
             )
         self._notes.extend(warnings)
         return allowed(x_adv, x.detach(), self.threat)

@@ -260,3 +260,13 @@ def test_what_the_checks_of_pyautoattack_find_is_noted(pyautoattack, capfd):
     attack(net, torch.rand(4, 3, 4, 4), torch.arange(4))
     assert any("probability distribution" in note for note in attack.notes)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_pyautoattack_takes_color_images_in_channels_last(pyautoattack, part):
+    """As robench's own networks want them; the library calls view() on images and gradients."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    net = net.to(memory_format=torch.channels_last)
+    x = torch.rand(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    x_adv = make_attack(f"pyautoattack:{part}", LINF)(net, x, net(x).argmax(1))
+    assert x_adv.shape == x.shape
