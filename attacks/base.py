@@ -42,7 +42,8 @@ class Attack(Protocol):
 
 
 def _builtin() -> None:
-    importlib.import_module("robench.attacks.gradient")
+    for name in ("gradient", "apgd", "fab", "square", "minimum", "autoattack"):
+        importlib.import_module(f"robench.attacks.{name}")
 
 
 def _adapters() -> None:

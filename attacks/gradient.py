@@ -1,18 +1,22 @@
-"""FGSM, PGD and CW: attacks made of `Ascent`."""
+"""PGD, and FGSM, CW and MI-FGSM, which are PGD with other options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from robench.attacks.ascent import Ascent, Start
-from robench.attacks.base import ATTACKS, Attack, Classifier, frozen
-from robench.attacks.objectives import OBJECTIVES
+from robench.attacks.base import ATTACKS, Attack
+from robench.attacks.network import Network, Precision
+from robench.attacks.objectives import TARGETED, cw_margin, objective
+from robench.attacks.pool import State, Step, Units
+from robench.attacks.search import OneStage
 from robench.attacks.threat import ThreatModel
 from robench.errors import UsageError
-from robench.registry import unknown
+
+Loss = Literal["ce", "cw", "dlr", "targeted-ce", "targeted-cw", "targeted-dlr"]
+Start = Literal["uniform", "none"]
 
 
 @ATTACKS.register(
@@ -21,66 +25,71 @@ from robench.registry import unknown
     paper="Madry et al. 2018, arXiv 1706.06083",
 )
 @dataclass(frozen=True, slots=True)
-class PGD:
+class PGD(OneStage):
     """Projected gradient descent on the loss.
 
     Attributes:
         steps: gradient steps per restart.
         step_size: in the unit of eps; None means eps / 4 (2/255 at 8/255).
-        restarts: independent random starts; an image that has fallen is not attacked again.
-        loss: "ce", "cw" or "dlr".
-        start: where a restart begins, see Ascent.
+        restarts: independent random starts, per target; an image that has fallen is left alone.
+        loss: "ce", "cw", "dlr", or "targeted-ce", "targeted-cw", "targeted-dlr", which pull
+            towards one wrong class after the other, the likeliest first.
+        start: "uniform" in the ball, or "none": the image.
+        momentum: decay of the accumulated gradient (Dong et al. 2018); 0 is plain PGD.
+        targets: classes that a targeted loss tries.
     """
 
     threat: ThreatModel
     steps: int = 20
     step_size: float | None = None
     restarts: int = 1
-    loss: str = "ce"
+    loss: Loss = "ce"
     start: Start = "uniform"
+    momentum: float = 0.0
+    targets: int = 9
 
     def __post_init__(self) -> None:
-        if self.loss not in OBJECTIVES:
-            raise unknown("loss", self.loss, OBJECTIVES)
-        if self.restarts < 1:
-            raise UsageError(f"restarts must be >= 1, not {self.restarts}")
-        self._ascent()
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 1), ("momentum", 0),
+                            ("step_size", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"{name} must be >= {least}, not {value}")
+        for name, allowed in (("loss", get_args(Loss)), ("start", get_args(Start))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}: write one of "
+                                 f"{', '.join(allowed)}")
 
-    def _ascent(self) -> Ascent:
-        step_size = self.threat.eps / 4 if self.step_size is None else self.step_size
-        return Ascent(self.threat, self.steps, step_size, self.start)
+    @property
+    def name(self) -> str:
+        return "pgd"
 
-    def __call__(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
-        result = x.detach().clone()
-        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        with frozen(model):
-            for _ in range(self.restarts):
-                todo = (~fooled).nonzero().squeeze(1)
-                if not len(todo):
-                    break
-                result[todo], fooled[todo] = self._restart(model, x[todo], y[todo])
-        return result
+    @property
+    def unseen_end(self) -> bool:
+        return True
 
-    def _restart(self, model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One run from one start: examples (N, C, H, W) and which of them are misclassified."""
-        objective = OBJECTIVES[self.loss]
-        first = torch.empty_like(x)  # the first misclassified iterate of each image
-        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    def units(self, classes: int) -> int:
+        targets = min(self.targets, classes - 1) if self.loss in TARGETED else 1
+        return targets * self.restarts
 
-        def look(z: Tensor, logits: Tensor) -> None:
-            wrong = (logits.argmax(1) != y) & ~fooled
-            first[wrong] = z.detach()[wrong]
-            fooled.logical_or_(wrong)
+    def rank(self, number: int) -> int:
+        return number // self.restarts
 
-        def watched(z: Tensor) -> Tensor:
-            logits = model(z)
-            look(z, logits)
-            return objective(logits, y)
+    def begin(self, units: Units) -> State:
+        x = units.x
+        start = self.threat.sample(x, units.noise(0)) if self.start == "uniform" else x.clone()
+        return {"x_adv": start, **({"velocity": torch.zeros_like(x)} if self.momentum else {})}
 
-        last = self._ascent().maximize(watched, x)
-        with torch.no_grad():
-            look(last, model(last))
-        return torch.where(fooled.view(-1, *[1] * (x.ndim - 1)), first, last), fooled
+    def step(self, net: Network, units: Units) -> Step:
+        state, x_adv = units.state, units.state["x_adv"]
+        logits, _, grad = net.gradient(x_adv, objective(self.loss, units.y, units.target))
+        if self.momentum:
+            mean = grad.abs().mean(dim=(1, 2, 3), keepdim=True)
+            grad = self.momentum * state["velocity"] + grad / mean.clamp_min(1e-30)
+            state["velocity"] = grad
+        size = self.threat.eps / 4 if self.step_size is None else self.step_size
+        moved = x_adv + size * self.threat.ascent(grad)
+        state["x_adv"] = self.threat.project(moved, units.x)
+        return Step(x_adv, cw_margin(logits, units.y))
 
 
 @ATTACKS.register(
@@ -88,8 +97,8 @@ class PGD:
     description="one step of length eps along the gradient, no random start",
     paper="Goodfellow et al. 2015, arXiv 1412.6572",
 )
-def fgsm(threat: ThreatModel) -> Attack:
-    return PGD(threat, steps=1, step_size=threat.eps, start="none")
+def fgsm(threat: ThreatModel, precision: Precision = "exact") -> Attack:
+    return PGD(threat, steps=1, step_size=threat.eps, start="none", precision=precision)
 
 
 @ATTACKS.register(
@@ -98,6 +107,19 @@ def fgsm(threat: ThreatModel) -> Attack:
     paper="Carlini and Wagner 2017, arXiv 1608.04644; as an Linf attack: Madry et al. 2018",
 )
 def cw(
-    threat: ThreatModel, steps: int = 20, step_size: float | None = None, restarts: int = 1
+    threat: ThreatModel, steps: int = 20, step_size: float | None = None, restarts: int = 1,
+    precision: Precision = "exact",
 ) -> Attack:
-    return PGD(threat, steps, step_size, restarts, loss="cw")
+    return PGD(threat, steps, step_size, restarts, loss="cw", precision=precision)
+
+
+@ATTACKS.register(
+    "mifgsm",
+    description="iterated gradient steps with momentum, from the image itself",
+    paper="Dong et al. 2018, arXiv 1710.06081",
+)
+def mifgsm(
+    threat: ThreatModel, steps: int = 10, momentum: float = 1.0, precision: Precision = "exact"
+) -> Attack:
+    size = threat.eps / max(steps, 1)
+    return PGD(threat, steps, size, start="none", momentum=momentum, precision=precision)

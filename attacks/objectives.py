@@ -53,10 +53,19 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """
     if logits.shape[1] < 4:
         raise UsageError(f"targeted DLR needs at least 4 classes, not {logits.shape[1]}")
+    top = _wide(logits).sort(dim=1, descending=True).values
+    return targeted_cw(logits, y, target) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def targeted_ce(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """log softmax(logits)_target."""
+    return -ce(logits, target)
+
+
+def targeted_cw(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_target - z_y: positive where class target has overtaken the label."""
     logits = _wide(logits)
-    top = logits.sort(dim=1, descending=True).values
-    difference = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
-    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
 def kl(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,5 +80,12 @@ def kl(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-OBJECTIVES: dict[str, Objective] = {"ce": ce, "cw": cw_margin, "dlr": dlr}
+UNTARGETED = {"ce": ce, "cw": cw_margin, "dlr": dlr}
+TARGETED = {"targeted-ce": targeted_ce, "targeted-cw": targeted_cw, "targeted-dlr": targeted_dlr}
+
+
+def objective(name: str, y: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss called `name` as a function of the logits alone: (N, K) -> (N,)."""
+    if name in TARGETED:
+        return lambda logits: TARGETED[name](logits, y, target)
+    return lambda logits: UNTARGETED[name](logits, y)

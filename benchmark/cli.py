@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ INTERRUPTED = 130
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 130 interrupted (run it again to go on).",
+    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 5 out of time with a partial result, "
+    "130 interrupted (run it again to go on).",
 )
 @click.version_option(__version__, prog_name="robench")
 def cli() -> None:
@@ -40,10 +42,14 @@ def _shared(function: F) -> F:
         click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),
         click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
                      help="Repeatable. For example pgd-50, pgd,restarts=5, "
-                     "torchattacks:MIFGSM, pyautoattack:standard,limit=1000.  "
-                     "[default: fgsm, pgd-20, cw, pyautoattack:standard]"),
+                     "torchattacks:MIFGSM, autoattack,limit=1000.  "
+                     "[default: fgsm, pgd-20, cw, autoattack]"),
         click.option("--limit", type=int, metavar="N", help="Attack the first N test images only."),
-        click.option("--batch-size", type=int, metavar="N", help="Of the attacks.  [default: 500]"),
+        click.option("--batch-size", type=int, metavar="N",
+                     help="Images attacked at a time.  [default: by the device's memory]"),
+        click.option("--precision", type=click.Choice(["exact", "bf16", "ieee"]),
+                     help="Of the search for adversarial examples; what is found is confirmed in "
+                     "fp32 always.  [default: exact]"),
         click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),
         click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
                      help="Where everything goes; its reports are about the last command.  "
@@ -115,11 +121,14 @@ Examples:
 """)
 @click.argument("sources", nargs=-1, required=True, metavar="NETWORK...")
 @click.option("--seed", type=int, help="Of the attacks.  [default: 0]")
+@click.option("--budget", metavar="TIME", help="Stop the attacks after 90s, 10m or 2h and report "
+              "what is known by then.")
 @click.option("--zoo", type=click.Path(path_type=Path), default=Path("models"), metavar="DIR",
               show_default=True, help="Where RobustBench's weights lie or are put.")
 @_shared
 def evaluate(
-    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+    sources: tuple[str, ...], seed: int | None, budget: str | None, zoo: Path, quiet: bool,
+    **given: Any,
 ) -> None:
     """Attack networks: checkpoints, package.module:factory, robustbench:NAME."""
     values = {"out": Path("runs/eval"), **_values(given)}
@@ -129,7 +138,87 @@ def evaluate(
     from robench.benchmark.external import evaluate_external
     from robench.benchmark.spec import RunSpec
 
-    _show(evaluate_external(sources, RunSpec.create(values), zoo=zoo, quiet=quiet), values)
+    seconds = None if budget is None else _seconds(budget)
+    spec = RunSpec.create(values)
+    _show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds), values)
+
+
+def _of_eval(*names: str) -> list[click.Parameter]:
+    """The options that mean what they mean for `eval`."""
+    names = ("config", "dataset", "data_root", "download", "model", "threat", "device", "seed",
+             "zoo", "quiet", *names)
+    return [parameter for parameter in evaluate.params if parameter.name in names]
+
+
+@cli.command(params=_of_eval("sources", "precision"), epilog="""\b
+Examples:
+  robench parity runs/cells/*/best.safetensors
+  robench parity weights.pt --model resnet18 --dataset cifar10 --data-root data --limit 1000
+""")
+@click.option("--limit", type=int, metavar="N",
+              help="Compare on the first N test images.  [default: 1000, or all there are]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where parity.md, parity.csv and parity-images.csv go.  "
+              "[default: runs/parity]")
+def parity(
+    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+) -> None:
+    """Compare AutoAttack, PGD, DDN and FMN with other libraries', image by image."""
+    values = {"out": Path("runs/parity"), **_values(given)}
+    if seed is not None:
+        values["seeds"] = (seed,)
+
+    from robench.benchmark.parity import parity as compare
+    from robench.benchmark.spec import RunSpec
+
+    spec = RunSpec.create(values)
+    click.echo(compare(sources, spec, zoo=zoo, quiet=quiet), nl=False)
+    click.echo(f"wrote {spec.out}/parity.md and .csv", err=True)
+
+
+@cli.group()
+def speed() -> None:
+    """Measure how long things take."""
+
+
+@speed.command(params=_of_eval("batch_size"), epilog="""\b
+Examples:
+  robench speed attack runs/cells/*/best.safetensors --precision exact,bf16
+  robench speed attack --dataset cifar10 --data-root data --model resnet18 --train-steps 300
+""")
+@click.argument("sources", nargs=-1, metavar="[NETWORK...]")
+@click.option("--attack", "task", default="autoattack", show_default=True, metavar="NAME",
+              help="autoattack, against pyautoattack, or pgd-20, against torchattacks.")
+@click.option("--precision", "precisions", default="exact", show_default=True, metavar="LIST",
+              help="Of ours: exact,bf16,ieee, or some of them.")
+@click.option("--limit", type=int, metavar="N",
+              help="Attack the first N test images.  [default: 32, or all there are]")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
+              help="Runs of each implementation, in turn.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of torch.")
+@click.option("--train-steps", type=click.IntRange(min=1), metavar="N",
+              help="Without a NETWORK: train --model that long, by pgd-at and standard.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where speed.md and speed.csv go, and what was trained.  "
+              "[default: runs/speed]")
+def attack(
+    sources: tuple[str, ...], task: str, precisions: str, repeats: int, threads: int | None,
+    train_steps: int | None, seed: int | None, zoo: Path, quiet: bool, **given: Any,
+) -> None:
+    """Time an attack here and in the library that everybody uses, on the same images."""
+    values = {"out": Path("runs/speed"), **_values(given)}
+    if seed is not None:
+        values["seeds"] = (seed,)
+
+    from robench.benchmark.spec import RunSpec
+    from robench.benchmark.speed import speed_attack
+
+    spec = RunSpec.create(values)
+    click.echo(speed_attack(
+        sources, spec, task=task, precisions=precisions.split(","), repeats=repeats,
+        threads=threads, train_steps=train_steps, zoo=zoo, quiet=quiet,
+    ), nl=False)
+    click.echo(f"wrote {spec.out}/speed.md and .csv", err=True)
 
 
 @cli.command(epilog="""\b
@@ -195,6 +284,13 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
     values |= {key: value for key, value in given.items() if value not in (None, ())}
     values.setdefault("data_root", Path("data"))
     return values
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text.strip())
+    if match is None:
+        raise UsageError(f"--budget {text}: write 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _integers(text: str) -> tuple[int, ...]:

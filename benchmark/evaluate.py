@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -13,20 +12,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robench.attacks.base import Attack, Classifier, frozen, memory_format
+from robench.attacks.network import in_micro_batches
+from robench.attacks.search import Found, Pooled, Search
+from robench.attacks.search import Progress as SearchProgress
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.checks import check_finite, check_logits
 from robench.benchmark.data import Images, check_images
 from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
-from robench.files import write_atomic
+from robench.files import pack_arrays, write_atomic
 from robench.randomness import seeded
 
 Flags = npt.NDArray[np.bool_]
-Progress = Callable[[int, int, int], None]  # images done, images in all, still robust
+Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
+BATCH = 500  # images per call of an attack that has no pool
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Measurement:
         correct: (N,) right on the clean image. robust: (N,) and not fooled either.
         max_distance: largest perturbation among the counted examples, in the threat's norm.
         violations: claimed examples outside the threat model; none of them was counted.
+        precision: of the search; the verdicts are fp32 always.
+        batch_size: images per call of the attack, or units in flight.
+        forwards, backwards: passes per attacked image; None where an attack does not count them.
+        breaker: (N,) index into `stages` of the part that fooled the image first, else -1.
+        open: images that stand but were not attacked to the end, after a time budget.
     """
 
     attack: AttackSpec
@@ -48,6 +57,13 @@ class Measurement:
     max_distance: float
     violations: int
     notes: tuple[str, ...] = ()
+    precision: str = "fp32"
+    batch_size: int = BATCH
+    forwards: float | None = None
+    backwards: float | None = None
+    stages: tuple[str, ...] = ()
+    breaker: npt.NDArray[np.int8] | None = None
+    open: int = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -56,6 +72,13 @@ class Measurement:
             return self.notes
         return (*self.notes, f"outside: {self.violations} claimed examples were outside "
                 f"{self.threat} and were not counted")
+
+    @property
+    def breakers(self) -> dict[str, int]:
+        """How many images each part of the attack was the first to fool."""
+        if self.breaker is None:
+            return {}
+        return {name: int((self.breaker == i).sum()) for i, name in enumerate(self.stages)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ def evaluate(
     threat: str | ThreatModel = "Linf:8/255",
     attacks: Sequence[str | AttackSpec] = DEFAULT_ATTACKS,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> Scores:
     """Measure clean and robust accuracy.
 
@@ -93,7 +116,8 @@ def evaluate(
         images: (N, C, H, W) float. labels: (N,) int64. Batches move to the model's device.
         threat: for example "Linf:8/255" or "L2:0.5".
         attacks: names, for example "pgd-20", "pgd,steps=50,restarts=5",
-            "pyautoattack:standard,limit=1000".
+            "autoattack,precision=bf16,limit=1000".
+        batch_size: images attacked at a time; None chooses.
 
     Raises:
         UsageError: images outside [0, 1], wrong labels, an unknown attack, no logits.
@@ -119,16 +143,18 @@ def evaluate(
 class Target:
     """A network and the images it is attacked on; the clean pass is made once."""
 
-    def __init__(self, model: Classifier, data: Images, batch_size: int) -> None:
+    def __init__(self, model: Classifier, data: Images, batch_size: int | None = None) -> None:
         self.model, self.data, self.batch_size = model, data, batch_size
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = data.x.device if parameter is None else parameter.device
-        self.warnings = check_logits(model, self.batch(0, batch_size)[0], data.y)
-        with torch.no_grad(), frozen(model), full_precision():
-            self.correct: Flags = np.concatenate([
-                (check_finite(model(x)).argmax(1) == y).cpu().numpy()
-                for x, y in (self.batch(i, i + batch_size) for i in range(0, len(data), batch_size))
-            ])
+        self.warnings = check_logits(model, self.batch(0, BATCH)[0], data.y)
+        # In batches of one shape: who is right must not depend on who else is there.
+        logits = in_micro_batches(model)
+        with frozen(model), full_precision():
+            clean = torch.cat([check_finite(logits(self.batch(i, i + BATCH)[0])).cpu()
+                               for i in range(0, len(data), BATCH)])
+        self.correct: Flags = (clean.argmax(1) == data.y.cpu()).numpy()
+        self.classes = clean.shape[1]
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
@@ -142,23 +168,99 @@ def measure(
     *,
     seed: int = 0,
     partial: Path | None = None,
-    progress: Progress = lambda done, total, robust: None,
+    progress: Progress = lambda share, text: None,
+    deadline: float | None = None,
 ) -> Measurement:
     """Run one attack on the images that are right when clean.
 
-    `partial` is a file in which finished batches are kept, so that an interrupted measurement
-    goes on after them; the caller deletes it. The noise of a batch depends on (seed, attack,
-    first image of the batch) and on nothing that ran before.
+    `partial` is a file in which finished work is kept, so that an interrupted measurement goes
+    on after it; the caller deletes it. `deadline`, of time.monotonic(), ends the measurement
+    with what is known by then.
     """
     attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
-    kept = _load_partial(partial, target.correct[:n], target.batch_size)
+    if isinstance(attack, Pooled):
+        return _pooled(target, spec, attack, n, seed, partial, progress, deadline)
+    return _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
+
+
+def _pooled(
+    target: Target, spec: AttackSpec, attack: Pooled, n: int, seed: int, partial: Path | None,
+    progress: Progress, deadline: float | None,
+) -> Measurement:
+    """An attack that runs in the pool: its noise belongs to the images, its work is resumable."""
+    correct = target.correct[:n]
+    rows, notes = torch.from_numpy(correct), attack.notes(target.classes)
+    common: dict[str, Any] = {
+        "attack": spec, "config": attack.config(target.classes), "threat": attack.threat,
+        "correct": correct, "precision": attack.precision,
+    }
+    if not correct.any():
+        return Measurement(**common, robust=correct, seconds=0.0, max_distance=0.0, violations=0,
+                           notes=notes)
+    x, y = (part[:n][rows].to(target.device) for part in (target.data.x, target.data.y))
+
+    def show(now: SearchProgress) -> None:
+        low, high = interval(now.standing, n)
+        progress(now.done, f"{now.stage}: {now.left} runs left, robust {now.standing}/{n} "
+                 f"({low:.1%} to {high:.1%})")
+
+    search = Search(attack, target.model, x, y, seed=seed, slots=target.batch_size,
+                    state=partial, deadline=deadline, progress=show)
+    found = search.run()
+    robust, breaker = correct.copy(), np.full(n, -1, dtype=np.int8)
+    robust[correct] = found.standing
+    breaker[correct] = found.fell_to
+    return Measurement(
+        **common,
+        robust=robust,
+        seconds=sum(found.seconds),
+        max_distance=float(found.distance.max()),
+        violations=found.violations,
+        notes=(*notes, *_sentinel(found, n)),
+        batch_size=found.slots,
+        forwards=found.forwards / len(x),
+        backwards=found.backwards / len(x),
+        stages=found.stages,
+        breaker=breaker,
+        open=found.open,
+    )
+
+
+def _sentinel(found: Found, n: int) -> list[str]:
+    """What the parts that saw a share of the images say about all that stood before them."""
+    if found.sampled is None:
+        return []
+    seen, broke = found.sampled
+    stood = int(found.standing.sum()) + broke
+    low, high = interval(broke, seen)
+    return [f"sentinel: FAB-T and Square ran on {seen} of the {stood} images that stood and broke "
+            f"{broke}; on all of them robust accuracy would be {stood * (1 - high) / n:.1%} to "
+            f"{stood * (1 - low) / n:.1%} (95 % interval)"]
+
+
+def interval(k: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share k / n, in [0, 1]."""
+    found = binomtest(k, n).proportion_ci(method="wilson") if n else None
+    return (0.0, 1.0) if found is None else (float(found.low), float(found.high))
+
+
+def _batched(
+    target: Target, spec: AttackSpec, attack: Attack, threat: ThreatModel, n: int, seed: int,
+    partial: Path | None, progress: Progress, deadline: float | None,
+) -> Measurement:
+    """An attack from elsewhere, batch by batch. The noise of a batch depends on (seed, attack,
+    first image of the batch) and on nothing that ran before."""
+    size = target.batch_size or BATCH
+    kept = _load_partial(partial, target.correct[:n], size)
     done, robust, seconds, farthest, violations, notes = kept
-    for start in range(done, n, target.batch_size):
-        stop = min(start + target.batch_size, n)
+    for start in range(done, n, size):
+        if deadline is not None and time.monotonic() >= deadline:
+            break
+        done = min(start + size, n)
         began = time.perf_counter()
-        x, y = target.batch(start, stop)
-        todo = torch.from_numpy(target.correct[start:stop]).to(target.device)
+        x, y = target.batch(start, done)
+        todo = torch.from_numpy(target.correct[start:done]).to(target.device)
         if bool(todo.any()):
             x, y = x[todo], y[todo]
             # In TF32 an attack would stop at examples that fp32 does not confirm.
@@ -166,18 +268,17 @@ def measure(
                 x_adv = attack(target.model, x, y)
             notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
             verdict = verify(target.model, x, x_adv, y, threat)
-            robust[start:stop][todo.cpu().numpy()] = ~verdict.fooled.cpu().numpy()
+            robust[start:done][todo.cpu().numpy()] = ~verdict.fooled.cpu().numpy()
             violations += int(verdict.outside.sum())
             if bool(verdict.fooled.any()):
                 farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
         seconds += time.perf_counter() - began
-        _save_partial(partial, done=stop, robust=robust, seconds=seconds, farthest=farthest,
-                      violations=violations, batch_size=target.batch_size,
-                      notes=np.array(notes, dtype=str))
-        progress(stop, n, int(robust[:stop].sum()))
+        _save_partial(partial, done=done, robust=robust, seconds=seconds, farthest=farthest,
+                      violations=violations, batch_size=size, notes=np.array(notes, dtype=str))
+        progress(done / n, f"robust {int(robust[:done].sum())}/{done}")
     return Measurement(
         attack=spec,
-        config=attack_config(attack),
+        config=attack_config(attack, target.classes),
         threat=threat,
         correct=target.correct[:n],
         robust=robust,
@@ -185,11 +286,15 @@ def measure(
         max_distance=farthest,
         violations=violations,
         notes=tuple(notes),
+        batch_size=size,
+        open=int(robust[done:].sum()),
     )
 
 
-def attack_config(attack: Attack) -> dict[str, Any]:
-    """The fields of the attack that are plain values, for the record."""
+def attack_config(attack: Attack, classes: int) -> dict[str, Any]:
+    """The options of the attack that are plain values, for the record."""
+    if isinstance(attack, Pooled):
+        return attack.config(classes)
     if not is_dataclass(attack):
         return {}
     values = {f.name: getattr(attack, f.name) for f in fields(attack)}
@@ -201,20 +306,12 @@ def attack_config(attack: Attack) -> dict[str, Any]:
     return config
 
 
-def save_flags(path: Path, correct: Flags, robust: Flags) -> None:
-    """Per-image flags, as .npz with the bool arrays `correct` and `robust`."""
-    write_atomic(path, _npz(correct=correct, robust=robust))
-
-
-def _npz(**arrays: Any) -> bytes:
-    """Like numpy.savez, but with the same bytes for the same arrays: no time stamps."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            entry = io.BytesIO()
-            np.save(entry, np.asarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
-    return buffer.getvalue()
+def save_flags(path: Path, measurement: Measurement) -> None:
+    """Per-image flags, as .npz: bool arrays `correct` and `robust`; for attacks with parts also
+    `breaker`, the index into `stages` of the part that fooled the image first, else -1."""
+    m = measurement
+    parts = {} if m.breaker is None else {"breaker": m.breaker, "stages": np.array(m.stages)}
+    write_atomic(path, pack_arrays(correct=m.correct, robust=m.robust, **parts))
 
 
 def _load_partial(
@@ -235,4 +332,4 @@ def _load_partial(
 
 def _save_partial(path: Path | None, **state: Any) -> None:
     if path is not None:
-        write_atomic(path, _npz(**state))
+        write_atomic(path, pack_arrays(**state))

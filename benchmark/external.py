@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,24 @@ from robench.benchmark.matrix import Matrix, Pair, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import RunSpec
-from robench.errors import RobenchError
+from robench.errors import Partial, RobenchError
 from robench.reports import render
 from robench.reports.record import Record
 from robench.reports.store import RECORDS, Results, anchored, load
 
 
 def evaluate_external(
-    sources: tuple[str, ...], spec: RunSpec, *, zoo: Path = Path("models"), quiet: bool = True
+    sources: tuple[str, ...], spec: RunSpec, *, zoo: Path = Path("models"), quiet: bool = True,
+    budget: float | None = None,
 ) -> Results:
     """Attack networks by `PATH`, `package.module:factory` or `robustbench:NAME`.
 
     `spec` gives data set, threat model, attacks and output folder; `spec.model` the
-    architecture of a checkpoint that does not name it. Raises like `run`.
+    architecture of a checkpoint that does not name it. After `budget` seconds the attacks stop:
+    what they know by then is reported as partial. Raises like `run`, and Partial.
     """
     matrix = Matrix(spec, Reporter(quiet=quiet))
+    matrix.deadline = None if budget is None else time.monotonic() + budget
     networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                 for source in dict.fromkeys(sources)]
     records: list[Record] = []
@@ -32,7 +36,7 @@ def evaluate_external(
         net = network.net.to(matrix.device)
         check_logits(net, matrix.probe, matrix.test.y)
         subject = Subject(net, spec.out / "eval", network.source, _facts(network), matrix.probe)
-        pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in spec.attacks]
+        pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in matrix.attacks]
         records += matrix.attack(subject, pairs, spec.seeds[0])
     results = anchored(Results(records), spec.out)
     if (spec.out / RECORDS).exists():  # what was evaluated into this folder before stays
@@ -43,6 +47,8 @@ def evaluate_external(
     render(results, spec.out)
     if matrix.failures:
         raise RobenchError("; ".join(matrix.failures))
+    if matrix.partial:
+        raise Partial("; ".join(matrix.partial) + "; run the same command again to go on")
     return results
 
 

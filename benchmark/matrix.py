@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from robench.attacks.base import frozen
+from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
 from robench.benchmark.checkpoints import Header, read_header, weights_sha256
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images, check_images, load_dataset
-from robench.benchmark.evaluate import Target, attack_config, measure, save_flags
+from robench.benchmark.evaluate import BATCH, Target, attack_config, measure, save_flags
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.recipe import default_threat
@@ -83,7 +84,8 @@ class Matrix:
         self.spec, self.reporter = spec, reporter
         self.device = pick_device(spec.device)
         self.threat = ThreatModel.parse(spec.threat or default_threat(spec.dataset))
-        check_attacks(spec.attacks, self.threat)
+        self.attacks = tuple(attack.at(spec.precision) for attack in spec.attacks)
+        check_attacks(self.attacks, self.threat)
         self.dataset = load_dataset(spec.dataset, spec.data_root, download=spec.download)
         limit = SMOKE_IMAGES if spec.smoke else spec.limit
         test = self.dataset.test.take(limit)
@@ -91,6 +93,8 @@ class Matrix:
         self.probe = self.test.x[:8].to(self.device)
         self.test_sha256: dict[int, str] = {}
         self.failures: list[str] = []
+        self.partial: list[str] = []
+        self.deadline: float | None = None  # of time.monotonic(), for the attacks
         self.measured = 0
 
     def run(self) -> Results:
@@ -176,7 +180,7 @@ class Matrix:
         net, header = cell.network(name, self.device)
         subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
                           self._facts(cell, header, net, ranked), self.probe)
-        attacks = self.spec.attacks if ranked else (UNRANKED,)
+        attacks = self.attacks if ranked else (UNRANKED,)
         pairs: list[Pair] = [(attack, self.threat, "table") for attack in attacks]
         if ranked:
             pairs += [(CURVE, self.threat.scaled(factor), "curve") for factor in CURVE_FACTORS
@@ -216,12 +220,16 @@ class Matrix:
         """Each attack with the file of its record, named by everything the outcome depends on."""
         for spec, threat, role in pairs:
             n = min(spec.limit or len(self.test), len(self.test))
+            attack = spec.build(threat)
+            # Outside the pool, noise is drawn per batch.
+            size = None if isinstance(attack, Pooled) else self.spec.batch_size or BATCH
             identity = {
                 "weights": subject.weights,
                 "network": [subject.facts["source"], subject.facts["model"]],
                 "attack": spec.model_dump(mode="json"),
-                "config": attack_config(spec.build(threat)),  # defaults and versions included
-                "batch_size": self.spec.batch_size,  # the noise is drawn per batch
+                # defaults and versions included
+                "config": attack_config(attack, len(self.dataset.classes)),
+                "batch_size": size,
                 "seed": seed,
                 "threat": str(threat),
                 "data": self._test_hash(n),
@@ -268,31 +276,39 @@ class Matrix:
             "attack": spec.label,
             "attack_seed": seed,
             "threat": str(threat),
-            "batch_size": self.spec.batch_size,
             "n_correct": int(target.correct[:n].sum()),
         }
         try:
             with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
-                m = measure(target, spec, threat, seed=seed, partial=partial,
-                            progress=lambda done, total, robust: update(
-                                done / total, f"robust {robust}/{done}"))
+                m = measure(target, spec, threat, seed=seed, partial=partial, progress=update,
+                            deadline=self.deadline)
         except Exception as error:  # third-party attacks raise whatever they like
             reason = one_line(error)
             self.failures.append(f"{subject.label}, {spec.label}: {reason}")
             return Record(**known, attack_config={}, n_robust=0, seconds=0, max_distance=0,
-                          violations=0, warnings=target.warnings, status="failed", error=reason)
+                          precision="fp32", batch_size=0, violations=0, warnings=target.warnings,
+                          status="failed", error=reason)
         record = Record(
             **known,
             attack_config=m.config,
             n_robust=int(m.robust.sum()),
+            n_open=m.open,
+            precision=m.precision,
+            batch_size=m.batch_size,
+            forwards=m.forwards,
+            backwards=m.backwards,
+            breakers=m.breakers,
             seconds=m.seconds,
             max_distance=m.max_distance,
             violations=m.violations,
             warnings=(*target.warnings, *m.warnings),
-            status="ok",
+            status="partial" if m.open else "ok",
             flags=str(flags.relative_to(self.spec.out)),
         )
-        save_flags(flags, m.correct, m.robust)
+        save_flags(flags, m)
+        if m.open:  # what has ended is in `partial`: the next run goes on there
+            self.partial.append(f"{subject.label}, {spec.label}: {m.open} of {n} images are open")
+            return record
         write_atomic(path, record.model_dump_json(indent=1) + "\n")
         partial.unlink(missing_ok=True)
         return record
@@ -320,7 +336,7 @@ class Matrix:
             nets["student"] = cell.network(student, self.device)[0]
             with self.reporter.task(f"{cell.label}: Rob_f of {', '.join(nets)}"):
                 measured = rob_f(nets, self.test, self.threat, seed=spec.seed,
-                                 batch_size=self.spec.batch_size)
+                                 batch_size=self.spec.batch_size or BATCH)
             rows = [
                 Transfer(
                     run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),

@@ -56,7 +56,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device_name(device),
         "commit": commit(),
-        "precision": "fp32",
         "threads": torch.get_num_threads(),
         "peak_bytes": peak_bytes(device),
     }

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from robench.attacks.base import Attack, make_attack
+from robench.attacks.network import Precision
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.recipe import ModelSpec, explain
 from robench.defenses.trainer import TrainConfig
@@ -41,7 +42,7 @@ def parse_value(text: str, where: str) -> Any:
 class AttackSpec(BaseModel):
     """An attack by name, with options, perhaps on the first `limit` images only.
 
-    Written `pgd-20`, `pgd,steps=50,restarts=5` or `pyautoattack:standard,limit=1000`.
+    Written `pgd-20`, `pgd,steps=50,restarts=5` or `autoattack,limit=1000`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,9 +76,15 @@ class AttackSpec(BaseModel):
         return make_attack(self.name, threat, **self.options)
 
 
-DEFAULT_ATTACKS = tuple(
-    AttackSpec(name=name) for name in ("fgsm", "pgd-20", "cw", "pyautoattack:standard")
-)
+    def at(self, precision: Precision) -> AttackSpec:
+        """The attack with this precision of the search, unless it names its own. Attacks of
+        other libraries have none."""
+        if ":" in self.name or precision == "exact":
+            return self
+        return self.model_copy(update={"options": {"precision": precision, **self.options}})
+
+
+DEFAULT_ATTACKS = tuple(AttackSpec(name=name) for name in ("fgsm", "pgd-20", "cw", "autoattack"))
 
 
 class RunSpec(BaseModel):
@@ -96,6 +103,8 @@ class RunSpec(BaseModel):
         teacher: a checkpoint, `package.module:factory` or `robustbench:NAME`; None means that
             missing teachers are trained.
         device: "auto", "cpu", "cuda", "cuda:1".
+        batch_size: images attacked at a time; None chooses by the device's memory.
+        precision: of the search for adversarial examples, see `robench.attacks.network`.
         jobs: processes that share the work; each gets its share of the cores.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
@@ -119,7 +128,8 @@ class RunSpec(BaseModel):
     train_limit: int | None = Field(default=None, ge=2)
     teacher: str | None = None
     device: str = "auto"
-    batch_size: int = Field(default=500, ge=1)  # of the evaluation
+    batch_size: int | None = Field(default=None, ge=1)
+    precision: Precision = "exact"
     jobs: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False

@@ -103,6 +103,9 @@ def _warnings(row: Row) -> list[str]:
         texts = [text for record in cell.values() for text in record.warnings]
         texts += [f"failed: {record.error or 'reason unknown'}"
                   for record in cell.values() if record.status == "failed"]
+        texts += [f"partial: out of time, robust accuracy is between "
+                  f"{record.n_robust - record.n_open} and {record.n_robust} of {record.n}"
+                  for record in cell.values() if record.status == "partial"]
         for text in dict.fromkeys(" ".join(text.split()) for text in texts):
             attacks.setdefault(text, []).append(name)
     return [

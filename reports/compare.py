@@ -96,7 +96,7 @@ def worst_case(row: Row) -> tuple[list[int], int] | None:
     attack, one failed or lacks a seed, or flags are missing or of other images.
     """
     seeds = {tuple(sorted(cell)) for cell in row.cells.values()}
-    failed = any(record.status == "failed" for record in row.records)
+    failed = any(record.status != "ok" for record in row.records)
     if len(row.cells) < 2 or len(seeds) > 1 or failed:
         return None
     n = min(record.n for record in row.records)

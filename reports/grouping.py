@@ -58,7 +58,7 @@ class Row:
         return {name: next(iter(cell.values())).data_sha256 for name, cell in self.cells.items()}
 
     def passed(self, attack: str) -> list[Record]:
-        """The records of an attack that did not fail, by seed; [] if it never ran."""
+        """The records of an attack that ended well, by seed; [] if it never ran."""
         return [r for _, r in sorted(self.cells.get(attack, {}).items()) if r.status == "ok"]
 
 

@@ -62,15 +62,19 @@ class Record(BaseModel):
     threat: str  # "Linf:8/255", the key to group by
     n_correct: int  # clean
     n_robust: int  # correct on the clean image and not fooled
+    n_open: int = 0  # of these, images that were not attacked to the end
+    breakers: dict[str, int] = {}  # images that each part of the attack was the first to fool
+    forwards: float | None = None  # passes per attacked image; None: not counted
+    backwards: float | None = None
     seconds: float
-    precision: str
+    precision: str  # of the search, see robench.attacks.network; verdicts are fp32 always
     threads: int
     batch_size: int
     peak_bytes: int  # of the process (CPU) or the device (CUDA)
     max_distance: float  # of the counted examples
     violations: int  # claimed examples outside the threat model; never counted as fooled
     warnings: tuple[str, ...]
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "partial", "failed"]  # partial: out of time, see n_open
     error: str | None = None
     flags: str = ""  # path of the .npz with the survival flags, relative to results.jsonl
 

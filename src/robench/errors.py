@@ -1,4 +1,4 @@
-"""The two ways in which robench fails on purpose. Both print as one line and set the exit code."""
+"""The ways in which robench fails on purpose. Each prints as one line and sets the exit code."""
 
 
 class RobenchError(Exception):
@@ -11,6 +11,12 @@ class UsageError(RobenchError, ValueError):
     """The request itself is wrong (exit code 2): nothing was started, nothing written."""
 
     exit_code = 2
+
+
+class Partial(RobenchError):
+    """The time budget ended before the work did (exit code 5); what was found is reported."""
+
+    exit_code = 5
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

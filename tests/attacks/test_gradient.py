@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from robench.attacks import ThreatModel, make_attack, verify
+from robench.attacks.gradient import PGD
+from robench.attacks.search import Search
 from robench.errors import UsageError
 
 SHAPE = (3, 8, 8)
@@ -97,21 +99,47 @@ def test_a_misclassified_image_is_returned_as_it_is():
     assert torch.equal(attack(model, x, 1 - y), x)
 
 
-def test_restarts_differ_and_stop_when_all_have_fallen():
+def test_restarts_stop_when_all_have_fallen():
     model = Linear(torch.float32)
     x, y, margin = images_at_distance(model, "Linf")
-    calls = []
+    enough, weak = ThreatModel("Linf", margin * 1.05), ThreatModel("Linf", margin / 2)
+    found = Search(PGD(enough, steps=40, restarts=9), model, x, y, seed=0, slots=6).run()
+    assert not found.standing.any() and found.backwards <= 6 * 40
+    found = Search(PGD(weak, steps=1, restarts=3), model, x, y, seed=0, slots=6).run()
+    assert found.standing.all() and (found.forwards, found.backwards) == (6 * 3 * 2, 6 * 3)
 
-    def counted(z: torch.Tensor) -> torch.Tensor:
-        calls.append(len(z))
-        return model(z)
 
-    threat = ThreatModel("Linf", margin * 1.05)
-    make_attack("pgd", threat, steps=40, restarts=9)(counted, x, y)
-    assert len(calls) == 41  # one run: 40 gradients and a look at the last iterate
-    weak = ThreatModel("Linf", margin / 2)
-    make_attack("pgd", weak, steps=1, restarts=3)(counted, x, y)
-    assert len(calls) == 41 + 3 * 2
+def test_momentum_goes_on_where_the_gradient_turns():
+    """Dong et al. 2018. With decay 1 the first pixel takes .55, .60, .65, .65; without it
+    oscillates about the maximum at 0.56."""
+    def model(z):
+        first = z.flatten(1)[:, 0]
+        return torch.stack([1 + 10 * (first - 0.56).abs(), 0 * first, 0 * first - 9], 1)
+
+    x, y = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    options = {"steps": 4, "step_size": 0.05, "start": "none", "loss": "cw"}
+    for momentum, wanted in ((0.0, 0.6), (1.0, 0.65)):
+        attack = make_attack("pgd", ThreatModel("Linf", 0.4), momentum=momentum, **options)
+        torch.testing.assert_close(attack(model, x, y), torch.tensor([[[[wanted, 0.5]]]]))
+    assert make_attack("mifgsm", ThreatModel("Linf", 0.4), steps=8) == PGD(
+        ThreatModel("Linf", 0.4), 8, 0.05, start="none", momentum=1.0)
+
+
+def test_targeted_losses_pull_towards_one_class_after_the_other():
+    """The runner-up is out of reach; the third class is not."""
+    w = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0]])
+    bias = torch.tensor([1.0, 0.9, 0.2, 0.1])
+
+    def model(z):
+        return z.flatten(1) @ w.T + bias
+
+    x, y = torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.int64)
+    threat = ThreatModel("Linf", 0.4)
+    for loss in ("targeted-ce", "targeted-cw", "targeted-dlr"):
+        one = make_attack("pgd", threat, loss=loss, targets=1, start="none")(model, x, y)
+        assert loss == "targeted-dlr" or torch.equal(model(one).argmax(1), y)
+        both = make_attack("pgd", threat, loss=loss, targets=2, start="none")(model, x, y)
+        assert model(both).argmax(1) == 2
 
 
 def test_steps_in_the_name():
@@ -125,9 +153,9 @@ def test_steps_in_the_name():
         ("pdg", {}, "Did you mean: pgd"),
         ("pgd-x", {}, "unknown attack"),
         ("pgd", {"stepsize": 1}, "stepsize"),
-        ("pgd", {"loss": "cwe"}, "unknown loss"),
+        ("pgd", {"loss": "cwe"}, "loss: Input should be 'ce', 'cw'"),
         ("pgd", {"restarts": 0}, "restarts must be >= 1"),
-        ("pgd", {"steps": -1}, "steps must be >= 0"),
+        ("pgd", {"steps": 0}, "steps must be >= 1"),
         ("pgd", {"step_size": float("nan")}, "step_size must be >= 0"),
         ("pgd", {"start": "zero"}, "not 'zero'"),
         ("nosuchlibrary:PGD", {}, "unknown attack adapter"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from robench.attacks.noise import StreamNoise, stream_keys
 from robench.attacks.threat import NORMS, ThreatModel
 from robench.attacks.verify import ABSOLUTE, RELATIVE
 from robench.errors import UsageError
@@ -76,7 +77,7 @@ def test_project_finds_the_nearest_point(norm, fraction, shape, seed):
     corner = (torch.rand(shape, generator=generator, dtype=torch.float64) < 0.5).double()
     rivals = [
         x,
-        threat.sample(x, generator),
+        threat.sample(x, of_rows(x, seed)),
         threat.project(corner, x),
         threat.project(p + 0.1 * torch.randn(shape, generator=generator, dtype=x.dtype), x),
         threat.project(p + 0.1 * (z - p), x),
@@ -127,12 +128,17 @@ def test_ascent_has_unit_norm_and_climbs(norm, scale):
     assert ((direction * gradient).flatten(1).sum(1)[1:] > 0).all()
 
 
+def of_rows(x, seed):
+    """A stream for each row, also where the images are equal."""
+    return StreamNoise(stream_keys(torch.arange(len(x)), seed))
+
+
 @settings(deadline=None, max_examples=30)
 @cases
 def test_sample_is_inside(norm, fraction, shape, seed):
     threat = make_threat(norm, fraction, math.prod(shape[1:]))
     x, _ = images(shape, seed, torch.float32)
-    first, again = (threat.sample(x, torch.Generator().manual_seed(seed)) for _ in range(2))
+    first, again = (threat.sample(x, of_rows(x, seed)) for _ in range(2))
     assert is_inside(threat, first, x)
     assert torch.equal(first, again)
 
@@ -142,9 +148,12 @@ def test_sample_fills_the_ball(norm):
     """Far from the box half of the volume lies beyond the radius eps * 0.5 ** (1 / d)."""
     x = torch.full((4000, 1, 1, 3), 0.5)
     threat = ThreatModel(norm, 0.1)
-    distance = threat.distance(threat.sample(x, torch.Generator().manual_seed(0)), x)
-    beyond = (distance > 0.1 * 0.5 ** (1 / 3)).double().mean()
-    assert abs(beyond - 0.5) < 0.04  # five standard deviations
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        samples = threat.sample(x), threat.sample(x, of_rows(x, 0))
+    for sample in samples:
+        beyond = (threat.distance(sample, x) > 0.1 * 0.5 ** (1 / 3)).double().mean()
+        assert abs(beyond - 0.5) < 0.04  # five standard deviations
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Evaluation: counts on a model that can be solved by hand, and what is refused."""
 
 import io
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -13,9 +14,17 @@ import robench as package
 from robench.attacks.base import ATTACKS
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.data import Images
-from robench.benchmark.evaluate import Target, _npz, attack_config, evaluate, measure, save_flags
+from robench.benchmark.evaluate import (
+    Measurement,
+    Target,
+    attack_config,
+    evaluate,
+    measure,
+    save_flags,
+)
 from robench.benchmark.spec import AttackSpec
 from robench.errors import UsageError
+from robench.files import pack_arrays
 
 THREAT = ThreatModel("Linf", 0.1)
 
@@ -102,10 +111,10 @@ def test_a_linear_model_is_counted_exactly(model, data):
     assert 10 < survives.sum() < 35
 
     scores = evaluate(model, data.x, data.y, threat=ThreatModel("Linf", eps),
-                      attacks=["fgsm", "pgd-10", "pgd,steps=5,restarts=2"], batch_size=25)
+                      attacks=["fgsm", "pgd-10", "pgd,steps=8,restarts=2"], batch_size=25)
     assert scores.clean == 45 / 60
     assert scores.robust == dict.fromkeys(
-        ["fgsm", "pgd-10", "pgd,restarts=2,steps=5"], survives.sum() / 60)
+        ["fgsm", "pgd-10", "pgd,restarts=2,steps=8"], survives.sum() / 60)
     assert scores.worst_case == survives.sum() / 60
     assert scores.warnings == ()
     for m in scores.measurements:
@@ -258,7 +267,7 @@ def test_models_that_are_refused(data):
         (lambda x: x.mean((1, 2, 3)), "must return logits (N, K) for images (N, C, H, W), not"),
         (lambda x: torch.rand(1, 2), "not (1, 2)"),
         (lambda x: (torch.rand(len(x), 2),), "not tuple"),
-        (nn.Linear(7, 2), "the model cannot take images of shape (20, 3, 2, 2)"),
+        (nn.Linear(7, 2), "the model cannot take images of shape (60, 3, 2, 2)"),
     ):
         assert message in refused(model, data.x, data.y, attacks=["fgsm"], batch_size=20)
 
@@ -281,17 +290,19 @@ def test_a_randomized_model_is_warned_of(model, data):
 
 
 @pytest.fixture
-def close(model):
+def close(model, register):
     """60 images so close to the boundary that the noise of NOISY decides about each verdict."""
+    register("noisy", lambda model, x, y, threat: threat.sample(x))
     generator = torch.Generator().manual_seed(0)
-    x = 0.5 + 0.05 * torch.randn(60, 3, 2, 2, generator=generator)
+    x = 0.5 + 0.03 * torch.randn(60, 3, 2, 2, generator=generator)
     with torch.no_grad():
         data = Images(x, model(x).argmax(1))
     assert 0.2 < measure(Target(model, data, 60), NOISY, THREAT).robust.mean() < 0.8
     return data
 
 
-NOISY = AttackSpec(name="pgd", options={"steps": 1, "step_size": 0.0})
+NOISY = AttackSpec(name="noisy")  # an attack without a pool
+POOLED = AttackSpec(name="pgd", options={"steps": 1, "step_size": 0.0})
 
 
 def test_the_seed_and_the_attack_decide_about_the_noise(model, close):
@@ -322,8 +333,8 @@ def test_an_interrupted_measurement_goes_on_with_the_same_flags(model, close, tm
     whole = measure(Target(model, close, 15), NOISY, THREAT)
     partial, batches = tmp_path / "a.partial", []
 
-    def stop(done, total, robust):
-        batches.append((done, total, robust))
+    def stop(share, text):
+        batches.append((share, text))
         if len(batches) == after:
             raise KeyboardInterrupt
 
@@ -332,8 +343,8 @@ def test_an_interrupted_measurement_goes_on_with_the_same_flags(model, close, tm
             measure(Target(model, close, 15), NOISY, THREAT, partial=partial, progress=stop)
     assert partial.exists() == bool(after)
     again = measure(Target(model, close, 15), NOISY, THREAT, partial=partial, progress=stop)
-    assert [done for done, _, _ in batches] == [15, 30, 45, 60]  # no batch twice
-    assert batches[-1] == (60, 60, whole.robust.sum())
+    assert [share for share, _ in batches] == [0.25, 0.5, 0.75, 1]  # no batch twice
+    assert batches[-1][1] == f"robust {whole.robust.sum()}/60"
     assert (again.robust == whole.robust).all()
     assert (again.violations, again.max_distance) == (whole.violations, whole.max_distance)
 
@@ -355,22 +366,114 @@ def test_a_damaged_partial_file_only_costs_time(model, close, tmp_path, content)
     elif content == "other":  # of another number of images
         measure(Target(model, close.take(10), 5), NOISY, THREAT, partial=partial)
     elif content is None:
-        partial.write_bytes(_npz(done=60))
+        partial.write_bytes(pack_arrays(done=60))
     else:
         partial.write_bytes(content)
     again = measure(target, NOISY, THREAT, partial=partial)
     assert (again.robust == whole.robust).all()
 
 
+def test_a_deadline_ends_between_batches_and_says_what_is_open(model, close, tmp_path):
+    target, partial = Target(model, close, 15), tmp_path / "a.partial"
+    whole = measure(target, NOISY, THREAT)
+    none = measure(target, NOISY, THREAT, partial=partial, deadline=time.monotonic())
+    assert none.open == none.robust.sum() == 60
+    assert measure(target, NOISY, THREAT, partial=partial).open == 0
+    assert (measure(target, NOISY, THREAT, partial=partial).robust == whole.robust).all()
+
+
+# Attacks of the pool
+
+
+@pytest.mark.parametrize("precision", ["exact", "ieee"])
+def test_in_the_pool_no_verdict_depends_on_the_batch_the_limit_or_the_order(
+    model, close, precision
+):
+    spec = POOLED.at(precision)
+    whole = measure(Target(model, close), spec, THREAT)
+    assert 10 < whole.robust.sum() < 50
+    for size in (1, 7, 16, 60):
+        assert (measure(Target(model, close, size), spec, THREAT).robust == whole.robust).all()
+    for limit in (1, 33):
+        part = measure(Target(model, close.take(limit)), spec, THREAT)
+        assert (part.robust == whole.robust[:limit]).all()
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    mixed = Images(close.x[order], close.y[order])
+    assert (measure(Target(model, mixed), spec, THREAT).robust == whole.robust[order]).all()
+    assert (measure(Target(model, close), spec, THREAT, seed=1).robust != whole.robust).any()
+
+
+def test_the_pool_says_what_it_did(model, data):
+    two = AttackSpec.parse("pgd,steps=2,restarts=3")
+    m = measure(Target(model, data), two, ThreatModel("Linf", 0.02))
+    assert (m.stages, m.precision, m.batch_size, m.open) == (("pgd",), "exact", 45, 0)
+    assert m.breakers == {"pgd": int((m.correct & ~m.robust).sum())}
+    assert ((m.breaker == 0) == (m.correct & ~m.robust)).all()
+    assert m.backwards <= 6 and m.forwards <= 9
+    stage = m.config["stages"]["pgd"]
+    assert (m.config["precision"], stage["steps"], stage["units"]) == ("exact", 2, 3)
+
+
+def test_where_no_image_is_right_the_pool_has_nothing_to_do(model, data):
+    m = measure(Target(model, Images(data.x, 1 - model(data.x).argmax(1))), POOLED, THREAT)
+    assert not m.robust.any() and m.seconds == 0 and m.breakers == {}
+
+
+def test_progress_shows_stage_runs_left_accuracy_and_its_interval(model, data, monkeypatch):
+    shown = []
+    monkeypatch.setattr("robench.attacks.search.Search.show_every", 0.0)
+    measure(Target(model, data), AttackSpec(name="pgd-10"), ThreatModel("Linf", 0.01),
+            progress=lambda share, text: shown.append((share, text)))
+    shares = [share for share, _ in shown]
+    assert shares == sorted(shares) and 0 <= shares[0] and shares[-1] <= 1
+    assert shown[0][1].startswith("pgd: 45 runs left, robust 45/60 (62.8% to 84.2%)")
+
+
+def test_an_interrupted_search_goes_on(model, data, monkeypatch, tmp_path):
+    monkeypatch.setattr("robench.attacks.search.Search.show_every", 0.0)
+    spec, threat, partial = AttackSpec(name="pgd-10"), ThreatModel("Linf", 0.05), tmp_path / "a"
+    whole = measure(Target(model, data, 8), spec, threat)
+    steps = 0
+
+    def stop(share, text):
+        nonlocal steps
+        steps += 1
+        if steps == 25:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(Target(model, data, 8), spec, threat, partial=partial, progress=stop)
+    again = measure(Target(model, data, 8), spec, threat, partial=partial, progress=stop)
+    assert (again.robust == whole.robust).all() and (again.breaker == whole.breaker).all()
+    assert again.max_distance == whole.max_distance
+    # A unit that was in flight begins again; its steps until then are counted too.
+    assert whole.backwards <= again.backwards <= whole.backwards + 8 * 10 / 45
+
+
 # Files of flags
 
 
+def a_measurement(**fields):
+    flags = {"correct": np.array([True, True, False]), "robust": np.array([True, False, False])}
+    return Measurement(attack=NOISY, config={}, threat=THREAT, seconds=0.0, max_distance=0.0,
+                       violations=0, **flags, **fields)
+
+
+def test_the_file_of_a_pooled_attack_says_what_broke_each_image(tmp_path):
+    m = a_measurement(stages=("apgd-ce", "square"), breaker=np.array([-1, 1, -1], dtype=np.int8))
+    save_flags(tmp_path / "a.npz", m)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
+        assert set(kept) == {"correct", "robust", "breaker", "stages"}
+        assert kept["breaker"].tolist() == [-1, 1, -1]
+        assert kept["stages"].tolist() == ["apgd-ce", "square"]
+
+
 def test_files_of_flags_are_plain_numpy_and_have_no_clock(tmp_path, monkeypatch):
-    correct, robust = np.array([True, True, False]), np.array([True, False, False])
-    save_flags(tmp_path / "a.npz", correct, robust)
+    correct = a_measurement().correct
+    save_flags(tmp_path / "a.npz", a_measurement())
     monkeypatch.setattr("time.time", lambda: 0.0)
     monkeypatch.setattr("time.localtime", lambda *a: (2040, 1, 1, 0, 0, 0, 0, 1, 0))
-    save_flags(tmp_path / "b.npz", correct, robust)
+    save_flags(tmp_path / "b.npz", a_measurement())
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
         assert set(kept) == {"correct", "robust"}
@@ -382,7 +485,7 @@ def test_files_of_flags_are_plain_numpy_and_have_no_clock(tmp_path, monkeypatch)
 
 def test_different_flags_have_different_bytes():
     def packed(**arrays):
-        return _npz(**{k: np.array(v) for k, v in arrays.items()})
+        return pack_arrays(**{k: np.array(v) for k, v in arrays.items()})
 
     assert packed(a=[True]) == packed(a=[True])
     assert len({packed(a=[True]), packed(a=[False]), packed(b=[True]), packed(a=[1])}) == 4
@@ -390,8 +493,9 @@ def test_different_flags_have_different_bytes():
         assert kept["a"].tolist() == [1, 2]
 
 
-def test_the_configuration_of_an_attack_for_the_record():
-    config = attack_config(AttackSpec.parse("pgd,steps=7").build(THREAT))
-    assert config == {"steps": 7, "step_size": None, "restarts": 1, "loss": "ce",
-                      "start": "uniform"}
-    assert attack_config(lambda model, x, y: x) == {}
+def test_the_configuration_of_an_attack_for_the_record(register):
+    config = attack_config(AttackSpec.parse("pgd,steps=7").build(THREAT), 10)
+    assert config == {"precision": "exact", "stages": {"pgd": {
+        "steps": 7, "step_size": None, "restarts": 1, "loss": "ce", "start": "uniform",
+        "momentum": 0.0, "targets": 9, "units": 1, "share": 1.0}}}
+    assert attack_config(lambda model, x, y: x, 10) == {}

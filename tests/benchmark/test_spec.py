@@ -88,7 +88,7 @@ def test_wrong_attack_texts(text, message):
         ("pgd,steps=abc", "attack 'pgd'"),
         ("pgd,name=3", "name"),
         ("pgd,threat=3", "threat"),
-        ("pgd,loss=x", "unknown loss 'x'"),
+        ("pgd,loss=x", "loss: Input should be 'ce'"),
         ("pyautoattack:standrad", "Did you mean: standard?"),
         ("pyautoattack:standard,steps=3", "has no option 'steps'"),
         ("pyautoattack:standard,name=3", "has no option 'name'"),

@@ -1,0 +1,195 @@
+"""Network: the classifier as the search sees it, prepared once and counted."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from robench.attacks.base import Classifier, frozen, memory_format
+from robench.attacks.verify import full_precision
+
+Precision = Literal["exact", "bf16", "ieee"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# The one batch shape of `ieee`: kernels, and with them the last bits, depend on the shape.
+MICRO_BATCH = 32
+
+
+class Network:
+    """A frozen classifier whose gradients reach the images alone.
+
+    exact: float32; convolutions with the batch-norm folded in and channels_last where a check
+    on real images shows the same logits and gradients, at torch's default precision (TF32 on
+    Ampere GPUs and later). bf16: the same in bfloat16, but for the last linear layer; only a
+    way of searching, since `verify` confirms in float32. ieee: the model as it is, TF32 off,
+    deterministic kernels, and every forward pass in micro-batches of one padded shape, so that
+    no result depends on the batch. Use it inside `searching(precision)` and `frozen(model)`.
+
+    Attributes:
+        forwards, backwards: images passed so far, empty places of a batch among them.
+        prepared: what was done to the model, for the record.
+    """
+
+    def __init__(self, model: Classifier, precision: Precision, sample: Tensor) -> None:
+        """sample: (N, C, H, W) a few of the images, to check the prepared network on."""
+        self.forwards = self.backwards = 0
+        self._model, self.prepared = model, "as it is"
+        self._micro = MICRO_BATCH if precision == "ieee" else None
+        self._dtype: torch.dtype | None = None
+        if isinstance(model, nn.Module) and precision != "ieee":
+            self._model, self.prepared = _prepared(model, sample)
+            if precision == "bf16":
+                self._model, self._dtype = _in_bf16(self._model, sample), torch.bfloat16
+                self.prepared += ", bf16"
+        self._format = memory_format(self._model)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W); no graph is built."""
+        with torch.no_grad():
+            return self._logits(self._chunks(x), len(x))
+
+    def gradient(
+        self, x: Tensor, objective: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits (N, K), objective(logits) (N,), its gradient (N, C, H, W)), detached.
+
+        The objective maps logits to one number per image. A gradient that is not finite is 0.
+        """
+        chunks = [chunk.detach().requires_grad_(True) for chunk in self._chunks(x)]
+        with torch.enable_grad():
+            logits = self._logits(chunks, len(x))
+            values = objective(logits)
+            grads = torch.autograd.grad(values.sum(), chunks)
+        self.backwards += len(x)
+        grad = torch.cat(grads)[: len(x)] if len(grads) > 1 else grads[0][: len(x)]
+        grad = grad.to(x.dtype).contiguous()
+        return logits.detach(), values.detach(), grad.nan_to_num(0.0, 0.0, 0.0)
+
+    def _logits(self, chunks: list[Tensor], n: int) -> Tensor:
+        self.forwards += n
+        parts = [self._model(chunk) for chunk in chunks]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return logits[:n].float() if logits.dtype == torch.bfloat16 else logits[:n]
+
+    def _chunks(self, x: Tensor) -> list[Tensor]:
+        x = x.to(self._dtype or x.dtype).contiguous(memory_format=self._format)
+        return [x] if self._micro is None else list(_micro_batches(x, self._micro))
+
+
+@contextmanager
+def searching(precision: Precision) -> Iterator[None]:
+    """The global switches of a precision mode; restored afterwards."""
+    if precision != "ieee":
+        yield
+        return
+    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    before, warn_only = (torch.are_deterministic_algorithms_enabled(),
+                         torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with full_precision():
+            yield
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def in_micro_batches(model: Classifier) -> Classifier:
+    """The model without gradients, each pass in padded batches of one shape, as in `ieee`."""
+
+    @torch.no_grad()
+    def logits(x: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in _micro_batches(x, MICRO_BATCH)])[: len(x)]
+
+    return logits
+
+
+def _micro_batches(x: Tensor, size: int) -> Iterator[Tensor]:
+    for part in torch.split(x, size):
+        missing = size - len(part)
+        yield part if not missing else torch.cat([part, part[:1].expand(missing, *part.shape[1:])])
+
+
+def _prepared(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
+    """A faster network with the same logits and gradients, or the model itself."""
+    with frozen(model), full_precision():
+        wanted = _look(model, sample)
+        for name, prepare in (("batch-norm folded, channels_last", _folded),
+                              ("channels_last", copy.deepcopy)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    net = prepare(model).eval().requires_grad_(False)
+                net = net.to(memory_format=torch.channels_last)
+                got = _look(net, sample.contiguous(memory_format=torch.channels_last))
+            except Exception:  # control flow that fx cannot trace, modules that cannot be copied
+                continue
+            if _close(got[0], wanted[0], 1e-4) and _close(got[1], wanted[1], 1e-2):
+                return net, name
+    return model, "as it is"
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    traced: nn.Module = fuse(model)
+    if sum(1 for _ in _norms(traced)) == sum(1 for _ in _norms(model)):
+        raise ValueError("nothing to fold")
+    return traced
+
+
+def _norms(net: nn.Module) -> Iterator[nn.Module]:
+    used = {node.target for node in net.graph.nodes} if isinstance(net, fx.GraphModule) else None
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and (used is None or name in used):
+            yield module
+
+
+def _look(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of the largest one. The gradient shows what logits hide."""
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = net(x)
+        top = logits.amax(1).sum()
+        grad = torch.autograd.grad(top, x, allow_unused=True)[0] if top.requires_grad else None
+    return logits.detach(), torch.zeros_like(x) if grad is None else grad
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal up to rounding. A ReLU at its kink may flip, which a gradient shows: hence norms."""
+    return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
+
+
+class _LastLinear(nn.Module):
+    """A linear layer in float32 behind a network in bfloat16: bf16 logits would be too coarse."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features.float(), self.linear.weight, self.linear.bias)
+
+
+def _in_bf16(model: nn.Module, sample: Tensor) -> nn.Module:
+    net = copy.deepcopy(model).eval().requires_grad_(False).bfloat16()
+    last = next((name for name, module in reversed(list(net.named_modules()))
+                 if isinstance(module, nn.Linear)), None)
+    if last is not None:
+        wide = _LastLinear(net.get_submodule(last).float())  # type: ignore[arg-type]
+        exact = model.get_submodule(last).state_dict()
+        wide.linear.load_state_dict(exact)
+        net.set_submodule(last, wide)
+        try:
+            with torch.no_grad():
+                net(sample.bfloat16())
+        except Exception:  # what follows that layer wants bfloat16
+            net.set_submodule(last, wide.linear.bfloat16())
+    return net

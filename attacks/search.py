@@ -1,0 +1,363 @@
+"""The search: the stages of an attack over a set of images, resumable to the unit of work."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from robench.attacks.base import Classifier
+from robench.attacks.network import Precision
+from robench.attacks.noise import stream_keys, words
+from robench.attacks.pool import Images, Pool, Stepper
+from robench.attacks.prepare import auto_slots, prepared
+from robench.attacks.threat import ThreatModel
+from robench.attacks.verify import verify
+from robench.files import pack_arrays, write_atomic
+
+STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of an attack.
+
+    Attributes:
+        share: the part runs on this share of the images that stand, chosen by their hash.
+    """
+
+    stepper: Stepper
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled(ABC):
+    """An attack made of stages that run in the pool. Subclasses have the field `threat` first.
+
+    Attributes:
+        precision: of the search, see `Network`; what counts is confirmed in float32 always.
+    """
+
+    precision: Precision = "exact"
+
+    @property
+    @abstractmethod
+    def threat(self) -> ThreatModel: ...
+
+    @abstractmethod
+    def stages(self, classes: int) -> tuple[Stage, ...]:
+        """The stages for a network with that many classes, in order."""
+
+    def notes(self, classes: int) -> tuple[str, ...]:
+        """What differs from what the attack's name promises, a sentence each."""
+        return ()
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+        if not len(x):
+            return x.detach().clone()
+        seed = int(torch.randint(2**31, ()))
+        return Search(self, model, x, y, seed=seed).run().x_adv
+
+    def config(self, classes: int) -> dict[str, Any]:
+        """Every parameter of every stage, for the record."""
+        stages = {}
+        for stage in self.stages(classes):
+            options = asdict(stage.stepper)  # type: ignore[call-overload]
+            plain = {k: v for k, v in options.items() if k not in ("threat", "precision")}
+            units = stage.stepper.units(classes)
+            stages[stage.stepper.name] = plain | {"units": units, "share": stage.share}
+        return {"precision": self.precision, "stages": stages}
+
+
+class OneStage(Pooled):
+    """An attack that is its own stepper: subclasses have the members of `Stepper`."""
+
+    __slots__ = ()
+
+    def stages(self, classes: int) -> tuple[Stage, ...]:
+        return (Stage(cast(Stepper, self)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a search stands.
+
+    Attributes:
+        stage: name of the running stage. left: units of it that have not ended.
+        done: share of the whole search, by expected passes. standing, n: images.
+    """
+
+    stage: str
+    left: int
+    done: float
+    standing: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of N images.
+
+    Attributes:
+        x_adv: (N, C, H, W) the confirmed example where there is one, else the last iterate of
+            the last stage (the image itself where no stage leaves one).
+        fell_to: (N,) index of the stage that broke the image, STANDS or CLEAN.
+        stages: their names.
+        distance: (N,) float64 norm of the confirmed perturbations, 0 elsewhere.
+        violations: claimed examples outside the threat model; none counted.
+        forwards, backwards: passes of single images through the network.
+        seconds: per stage.
+        open: images that stand but have units that did not end, after a time budget.
+        kept: x_adv holds all confirmed examples (not after a resume without them).
+        prepared: how the network was prepared.
+        classes: outputs of the network. slots: units in flight.
+        sampled: (images that the stages with a share saw, images that they broke), or None.
+    """
+
+    x_adv: Tensor
+    fell_to: npt.NDArray[np.int16]
+    stages: tuple[str, ...]
+    distance: npt.NDArray[np.float64]
+    violations: int
+    forwards: int
+    backwards: int
+    seconds: tuple[float, ...]
+    open: int
+    kept: bool
+    prepared: str
+    classes: int
+    slots: int
+    sampled: tuple[int, int] | None
+
+    @property
+    def standing(self) -> npt.NDArray[np.bool_]:
+        stands: npt.NDArray[np.bool_] = self.fell_to == STANDS
+        return stands
+
+
+class Search:
+    """Runs a pooled attack on images (N, C, H, W), N >= 1, with labels (N,).
+
+    Args:
+        seed: of every random stream; results depend on it, the images and the network alone.
+        slots: units in flight; None chooses by the device's memory.
+        state: file in which ended units are kept, so that an interrupted search goes on after
+            them. It belongs to one attack, seed and set of images; a file of another is ignored.
+        keep: keep the examples in that file too.
+        deadline: time.monotonic() at which to stop with what is known by then.
+        save_every, show_every (attributes): seconds between writes of that file, and between
+            calls of `progress`.
+        starts: (N, C, H, W) examples from elsewhere, looked at before anything else, as a stage
+            "replay". They may only break images: what stands was attacked in full.
+    """
+
+    save_every, show_every = 5.0, 0.2
+
+    def __init__(
+        self, attack: Pooled, model: Classifier, x: Tensor, y: Tensor, *, seed: int,
+        slots: int | None = None, state: Path | None = None, keep: bool = False,
+        deadline: float | None = None, starts: Tensor | None = None,
+        progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._attack, self._model, self._x, self._y = attack, model, x.detach(), y
+        self._seed, self._slots, self._file, self._keep = seed, slots, state, keep
+        self._deadline, self._starts, self._progress = deadline, starts, progress
+        n = len(x)
+        self._fell_to = np.full(n, STANDS, dtype=np.int16)
+        self._distance = np.zeros(n)
+        self._x_adv = self._x.clone()
+        self._ended: list[npt.NDArray[np.bool_]] = []
+        self._passes = np.zeros(2, dtype=np.int64)
+        self._violations, self._kept, self._stage = 0, True, 0
+        self._saved = self._shown = time.monotonic()
+
+    def run(self) -> Found:
+        """Raises what the model raises; then the state file holds what had ended."""
+        with prepared(self._attack.precision, self._model, self._x, self._y) as ready:
+            self._net, self._judge_model = ready.net, ready.judge
+            self._fell_to[~ready.correct.cpu().numpy()] = CLEAN
+            self._standing = ready.correct
+            self._slots = self._slots or auto_slots(self._net, self._x)
+            self._prepare(ready.images)
+            try:
+                self._run(ready.images)
+            finally:
+                self.save()
+        return self._found()
+
+    def _prepare(self, images: Images) -> None:
+        n, self._classes = len(self._x), images.ranked.shape[1] + 1
+        self._stages = self._attack.stages(self._classes)
+        units = [stage.stepper.units(self._classes) for stage in self._stages]
+        self._chosen = [_share(images.ids, stage.share, self._seed) for stage in self._stages]
+        self._ended = [np.zeros((n, u), dtype=bool) for u in units]
+        self._seconds = [0.0] * len(self._stages)
+        self._costs = [s.stepper.steps * u * s.share
+                       for s, u in zip(self._stages, units, strict=True)]
+        self._identity = self._describe(images)
+        self._load()
+
+    def _run(self, images: Images) -> None:
+        self._lap = time.perf_counter()
+        if self._starts is not None:
+            self._stage = len(self._stages)  # one more name than there are stages
+            for rows in torch.split(torch.arange(len(self._x), device=self._y.device), 256):
+                self.judge(rows, self._starts[rows].to(self._x))
+        for index, stage in enumerate(self._stages):
+            self._stage, self._lap = index, time.perf_counter()
+            assert self._slots is not None
+            complete = Pool(stage.stepper, self._net, images, self, self._todo(),
+                            slots=self._slots, seed=self._seed).run()
+            self._count_seconds()
+            if not complete:
+                return
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        if self._stage < len(self._seconds):
+            self._seconds[self._stage] += now - self._lap
+        self._lap = now
+
+    def _todo(self) -> list[tuple[int, int]]:
+        """The units of this stage that have not ended: all first targets, then all second ones,
+        so that few units of an image are in flight when it falls."""
+        chosen = self._chosen[self._stage] & (self._fell_to == STANDS)
+        number, image = np.nonzero((~self._ended[self._stage] & chosen[:, None]).T)
+        return list(zip(image.tolist(), number.tolist(), strict=True))
+
+    def _passed(self) -> npt.NDArray[np.int64]:
+        return np.array([self._net.forwards, self._net.backwards], dtype=np.int64)
+
+    # The board of the pool
+
+    @property
+    def standing(self) -> Tensor:
+        return self._standing
+
+    def judge(self, image: Tensor, candidate: Tensor) -> Tensor:
+        x, y = self._x[image], self._y[image]
+        verdict = verify(self._judge_model, x, candidate, y, self._attack.threat)
+        self._passes[0] += len(y)
+        self._violations += int(verdict.outside.sum())
+        stood = self._standing[image]
+        fell = verdict.fooled & stood
+        self._x_adv[image[fell]] = candidate[fell]
+        self._standing[image[fell]] = False
+        rows = image[fell].cpu().numpy()
+        self._fell_to[rows] = self._stage
+        self._distance[rows] = verdict.distance[fell].cpu().numpy()
+        return verdict.fooled | ~stood
+
+    def ended(self, image: Tensor, number: Tensor, last: Tensor) -> None:
+        stands = self._standing[image]
+        self._x_adv[image[stands]] = last[stands]
+        self._ended[self._stage][image.cpu().numpy(), number.cpu().numpy()] = True
+
+    def tick(self) -> bool:
+        now = time.monotonic()
+        if now - self._saved >= self.save_every:
+            self.save()
+            self._saved = time.monotonic()
+        if now - self._shown >= self.show_every:
+            self._shown = now
+            self._progress(self._where())
+        return self._deadline is None or now < self._deadline
+
+    def _where(self) -> Progress:
+        stands = self._fell_to == STANDS
+        ended, chosen = self._ended[self._stage], self._chosen[self._stage] & stands
+        left = int((~ended[chosen]).sum())
+        share = left / max(1, int(chosen.sum()) * ended.shape[1])
+        before, here = sum(self._costs[: self._stage]), self._costs[self._stage]
+        done = (before + (1 - share) * here) / sum(self._costs)
+        name = self._stages[self._stage].stepper.name
+        return Progress(name, left, done, int(stands.sum()), len(stands))
+
+    # What survives a kill
+
+    def _describe(self, images: Images) -> str:
+        config = json.dumps(
+            [self._attack.config(self._classes), str(self._attack.threat), self._seed],
+            sort_keys=True, default=str)
+        pixels = images.ids.cpu().numpy().tobytes() + self._y.cpu().numpy().tobytes()
+        return hashlib.sha256(config.encode() + pixels).hexdigest()
+
+    def save(self) -> None:
+        """Write the state file, if there is one."""
+        self._count_seconds()
+        if self._file is None:
+            return
+        examples = self._x_adv[torch.from_numpy(self._fell_to >= 0)] if self._keep else None
+        passes = self._passes + self._passed()
+        write_atomic(self._file, pack_arrays(
+            identity=np.array(self._identity), fell_to=self._fell_to, distance=self._distance,
+            passes=passes, violations=np.array(self._violations), seconds=np.array(self._seconds),
+            **{f"ended{i}": a for i, a in enumerate(self._ended)},
+            **({} if examples is None else {"examples": examples.cpu().numpy()}),
+        ))
+
+    def _load(self) -> None:
+        if self._file is None or not self._file.exists():
+            return
+        try:
+            with np.load(io.BytesIO(self._file.read_bytes()), allow_pickle=False) as kept:
+                if str(kept["identity"]) != self._identity:
+                    return
+                fell_to = kept["fell_to"]
+                ended = [kept[f"ended{i}"] for i in range(len(self._ended))]
+                loaded = (fell_to, kept["distance"], kept["passes"], int(kept["violations"]),
+                          kept["seconds"].tolist())
+                examples = kept["examples"] if "examples" in kept else None
+        except Exception:  # damaged bytes may raise anything in a parser
+            return  # the file only saves time: start over
+        self._fell_to, self._distance, self._passes, self._violations, self._seconds = loaded
+        self._ended = ended
+        broken = torch.from_numpy(fell_to >= 0)
+        self._standing = torch.from_numpy(fell_to == STANDS).to(self._y.device)
+        if examples is not None:
+            self._x_adv[broken] = torch.from_numpy(examples).to(self._x)
+        else:
+            self._kept = not bool(broken.any())
+
+    def _found(self) -> Found:
+        passes = self._passes + self._passed()
+        stands = self._fell_to == STANDS
+        unended = [chosen & ~ended.all(1)
+                   for chosen, ended in zip(self._chosen, self._ended, strict=True)]
+        names = [stage.stepper.name for stage in self._stages]
+        return Found(
+            x_adv=self._x_adv, fell_to=self._fell_to,
+            stages=(*names, "replay") if self._starts is not None else tuple(names),
+            distance=self._distance, violations=self._violations, forwards=int(passes[0]),
+            backwards=int(passes[1]), seconds=tuple(self._seconds),
+            open=int((stands & np.logical_or.reduce(unended)).sum()), kept=self._kept,
+            prepared=self._net.prepared, classes=self._classes, slots=self._slots or 0,
+            sampled=self._sampled(),
+        )
+
+    def _sampled(self) -> tuple[int, int] | None:
+        """(images that the stages with a share saw, images that they broke)."""
+        parts = [i for i, stage in enumerate(self._stages) if stage.share < 1]
+        if not parts:
+            return None
+        broke = np.isin(self._fell_to, parts)
+        seen = self._chosen[parts[0]] & ((self._fell_to == STANDS) | broke)
+        return int(seen.sum()), int(broke.sum())
+
+
+def _share(ids: Tensor, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """(N,) bool: a random share of the images, chosen by their names."""
+    draw = words(stream_keys(ids, seed, "share"), 0, 1)[:, 0]
+    chosen: npt.NDArray[np.bool_] = (draw < share * 2**32).cpu().numpy()
+    return chosen

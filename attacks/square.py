@@ -1,0 +1,282 @@
+"""Square Attack: random search that looks at logits alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robench.attacks.base import ATTACKS
+from robench.attacks.network import Network
+from robench.attacks.noise import words
+from robench.attacks.objectives import cw_margin
+from robench.attacks.pool import State, Step, Units
+from robench.attacks.search import OneStage
+from robench.attacks.threat import Norm, ThreatModel
+from robench.errors import UsageError
+
+# p is halved after these queries. AutoAttack does not stretch the schedule to their number.
+HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+ORDER = {"L2": 2, "L1": 1}
+_TINY = 1e-12
+# The constants of SplitMix64 as signed words, which torch has.
+_GAMMA, *_MIX = (word - (1 << 64) for word in (
+    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@ATTACKS.register(
+    "square",
+    description="random search that looks at logits alone, one square of pixels per query",
+    paper="Andriushchenko et al. 2020, arXiv 1912.00049; L1: Croce and Hein 2021, arXiv 2103.01208",
+)
+@dataclass(frozen=True, slots=True)
+class Square(OneStage):
+    """Square Attack on the margin, as AutoAttack runs it.
+
+    The first pass looks at the start, every other one at a random change of the best image so
+    far, which takes its place if the margin grows. Linf: the start is vertical stripes, a change
+    moves a square of pixels to x + eps or x - eps, one sign per channel. L2 and L1: the start is
+    a grid of patterns with a positive and a negative half; a change empties one square window
+    and lays such a pattern, with what that frees and what is left of eps, into another.
+
+    Every unit draws squares of its own, and all places are equally likely. (AutoAttack shares
+    each square among a batch, and its rounding never reaches the last row and column.)
+
+    Attributes:
+        queries: random changes per restart; there is one pass more.
+        p_init: share of the pixels in the first squares; halved with the queries.
+        restarts: independent runs; an image that has fallen is left alone.
+    """
+
+    threat: ThreatModel
+    queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("queries", 0), ("restarts", 1)):
+            if not getattr(self, name) >= least:
+                raise UsageError(f"{name} must be >= {least}, not {getattr(self, name)}")
+        if not 0 < self.p_init <= 1:
+            raise UsageError(f"p_init must be above 0 and at most 1, not {self.p_init}")
+
+    @property
+    def name(self) -> str:
+        return "square"
+
+    @property
+    def steps(self) -> int:
+        return self.queries + 1
+
+    @property
+    def unseen_end(self) -> bool:
+        return False
+
+    def units(self, classes: int) -> int:
+        return self.restarts
+
+    def rank(self, number: int) -> int:
+        return 0
+
+    def size(self, query: int, height: int, width: int) -> int:
+        """Side in pixels of the square of query number `query`, counted from 0."""
+        p = self.p_init / 2 ** sum(query > q for q in HALVED_AFTER)
+        side = round(math.sqrt(p * height * width))
+        side = max(side, 1) if self.threat.norm == "Linf" else max(side, 3) // 2 * 2 + 1
+        return min(side, height, width)
+
+    def begin(self, units: Units) -> State:
+        start = self._stripes(units) if self.threat.norm == "Linf" else self._grid(units)
+        high, low = words(units.keys, 1, 2).unbind(1)
+        return {"x_adv": start, "margin": torch.full_like(units.bar, -torch.inf),
+                "seed": (high << 32) | low}
+
+    def step(self, net: Network, units: Units) -> Step:
+        state = units.state
+        proposal = self._square(units) if self.threat.norm == "Linf" else self._windows(units)
+        margin = cw_margin(net.logits(proposal), units.y)
+        better = margin > state["margin"]
+        # lerp with weights 0 and 1 copies exactly and is faster than where.
+        accept = better[:, None, None, None].to(proposal.dtype)
+        state["x_adv"] = torch.lerp(state["x_adv"], proposal, accept)
+        state["margin"] = torch.where(better, margin, state["margin"])
+        return Step(proposal, margin)
+
+    # Linf
+
+    def _stripes(self, units: Units) -> Tensor:
+        _, c, _, w = units.x.shape
+        return self._edge(units.x, units.noise(0).uniform(c, 1, w))
+
+    def _square(self, units: Units) -> Tensor:
+        """The best image with one square at the edge of the ball.
+
+        The paper adds +-2 eps and projects: from anywhere in the ball that ends at its edge.
+        """
+        x = units.x
+        _, c, h, w = x.shape
+        draw = uniform(units.state["seed"], units.step, 2 + c)
+        plan = _plan(self, h, w, x.dtype, x.device)
+        square = plan.windows(units.step, 0, draw[:, :1], draw[:, 1:2])
+        return torch.lerp(units.state["x_adv"], self._edge(x, draw[:, 2:, None, None]), square)
+
+    def _edge(self, x: Tensor, draw: Tensor) -> Tensor:
+        edge = torch.add(x, _signs(draw, x), alpha=self.threat.eps)
+        return edge.clamp_(self.threat.low, self.threat.high)
+
+    # L2 and L1
+
+    def _grid(self, units: Units) -> Tensor:
+        x = units.x
+        n, c, h, w = x.shape
+        side = max(min(h, w) // 5, 1)
+        down, across = h // side, w // side
+        draw = units.noise(0).uniform(1 + c, down, 1, across, 1)
+        tile = pattern(side, self.threat.norm).to(x)[:, None]
+        tile = torch.where(draw[:, :1] < 0.5, tile, tile.permute(2, 1, 0))
+        grid = (tile * _signs(draw[:, 1:], x)).reshape(n, c, down * side, across * side)
+        top, left = (h - down * side) // 2, (w - across * side) // 2
+        grid = F.pad(grid, (left, w - across * side - left, top, h - down * side - top))
+        return self._inside(x, grid, self.threat.eps)
+
+    def _windows(self, units: Units) -> Tensor:
+        """The best image with one window emptied and a pattern laid into another.
+
+        Algorithm 3 of the paper; in L1 with AutoAttack's sums, which the projection cuts back.
+        """
+        x, norm = units.x, self.threat.norm
+        _, c, h, w = x.shape
+        draw = uniform(units.state["seed"], units.step, 5 + c)
+        plan = _plan(self, h, w, x.dtype, x.device)
+        squares = plan.windows(units.step, 0, draw[:, :2], draw[:, 2:4])
+        laid, emptied = squares[:, :1], squares[:, 1:]
+        kind = 1 + (draw[:, 4:5] < 0.5).long()
+        eta = plan.windows(units.step, kind, draw[:, :1], draw[:, 2:3])
+
+        delta = units.state["x_adv"] - x
+        old, freed = delta * laid, delta * torch.maximum(laid, emptied)
+        length = _whole(delta, norm)
+        # The first step looks at the start: its windows are empty, and its length stays.
+        wanted = torch.where(units.step[:, None, None, None] > 0, self.threat.eps, length)
+        order = ORDER[norm]
+        spare = (wanted**order - length**order).clamp_min(0) / c
+        goal = (spare + _lengths(freed, norm) ** order) ** (1 / order)
+        if norm == "L1":
+            goal = goal * c
+        sign = _signs(draw[:, 5:, None, None], x)
+        # Up to the sign, which the last line puts back: the pattern needs no copy per channel.
+        new = torch.addcmul(eta, old, sign / (_lengths(old, norm) + _TINY))
+        delta -= freed
+        delta.addcmul_(new, sign * goal / (_lengths(new, norm) + _TINY))
+        return self._inside(x, delta, wanted)
+
+    def _inside(self, x: Tensor, delta: Tensor, wanted: Tensor | float) -> Tensor:
+        """In L2 delta is stretched to the wanted length, then cut by the box, as in the paper."""
+        if self.threat.norm == "L1":
+            return self.threat.project(x + delta, x)
+        stretch = wanted / (_whole(delta, self.threat.norm) + _TINY)
+        return torch.addcmul(x, delta, stretch).clamp_(self.threat.low, self.threat.high)
+
+
+def _signs(draw: Tensor, like: Tensor) -> Tensor:
+    return 1 - 2 * (draw < 0.5).to(like.dtype)
+
+
+def _lengths(delta: Tensor, norm: Norm) -> Tensor:
+    """(N, C, 1, 1): the norm of each channel."""
+    if norm == "L1":  # far faster than vector_norm on a CPU
+        return delta.abs().sum((2, 3), keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(delta, dim=(2, 3), keepdim=True)
+    return lengths
+
+
+def _whole(delta: Tensor, norm: Norm) -> Tensor:
+    """(N, 1, 1, 1): the norm of each image."""
+    lengths = _lengths(delta, norm)
+    whole: Tensor = torch.linalg.vector_norm(lengths, ORDER[norm], dim=1, keepdim=True)
+    return whole
+
+
+def uniform(seed: Tensor, step: Tensor, count: int) -> Tensor:
+    """(N, count) float64 in [0, 1): draw number `step` (N,) of the streams `seed` (N,) int64.
+
+    SplitMix64 (Steele, Lea and Flood 2014) takes a tenth of the operations of Philox, whose
+    words would cost as much as all else that a query does besides its pass.
+    """
+    number = step[:, None] * count + torch.arange(1, count + 1, device=seed.device)
+    z = seed[:, None] + number * _GAMMA
+    z = (z ^ _shift(z, 30)) * _MIX[0]
+    z = (z ^ _shift(z, 27)) * _MIX[1]
+    z = z ^ _shift(z, 31)
+    return _shift(z, 11).double() * 2.0**-53
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """z >> bits of unsigned words."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def pattern(side: int, norm: Norm) -> Tensor:
+    """(side, side) float64: eta of section 3.3 of the paper, of norm 1, its lower half negative."""
+    eta = torch.cat([_bump(side // 2, side, norm), -_bump(side - side // 2, side, norm)])
+    return _scaled(eta, norm)
+
+
+def _bump(height: int, width: int, norm: Norm) -> Tensor:
+    """Nested rectangles around the middle; number k = 1, 2, ... adds k^-2, in L1 k^-4."""
+    rows, columns = (torch.arange(n).sub(n // 2).abs() for n in (height, width))
+    inner = torch.maximum(rows[:, None], columns)  # rectangles that do not reach a pixel
+    k = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64)
+    heights = (k ** (-4 / ORDER[norm])).flip(0).cumsum(0).flip(0)
+    return _scaled(heights[inner], norm)
+
+
+def _scaled(shape: Tensor, norm: Norm) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(shape, ORDER[norm])
+    return shape / length
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is the same for all units.
+
+    Attributes:
+        level: (steps,) index of each step's size. At step 0, a look at the start, the size is 0.
+        sides: (L,) the sizes in pixels.
+        shapes: (L, K, H + 1, W + 1, H, W), a view: of each size the square of ones, the pattern
+            and the pattern turned (Linf: the square alone); [..., H - r, W - c, :, :] has it
+            with its corner at (r, c), zero elsewhere.
+    """
+
+    level: Tensor
+    sides: Tensor
+    shapes: Tensor
+
+    def windows(self, step: Tensor, kind: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
+        """(N, M, H, W): shapes `kind` of the step's size at places from uniform numbers (N, M)."""
+        level = self.level[step][:, None]
+        h, w = self.shapes.shape[-2:]
+        side = self.sides[level]
+        top, left = (row * (h - side + 1)).long(), (column * (w - side + 1)).long()
+        return self.shapes[level, kind, h - top, w - left]
+
+
+@lru_cache(maxsize=8)
+def _plan(attack: Square, h: int, w: int, dtype: torch.dtype, device: torch.device) -> _Plan:
+    sizes = [0, *(attack.size(query, h, w) for query in range(attack.queries))]
+    sides = sorted(set(sizes))
+    level = torch.tensor([sides.index(size) for size in sizes], device=device)
+    norm = attack.threat.norm
+    canvas = torch.zeros(len(sides), 1 if norm == "Linf" else 3, 2 * h, 2 * w, dtype=dtype)
+    for shapes, side in zip(canvas, sides, strict=True):
+        corner = shapes[:, h : h + side, w : w + side]
+        corner[0] = 1
+        if norm != "Linf":
+            corner[1] = pattern(side, norm)
+            corner[2] = corner[1].mT
+    view = canvas.to(device).unfold(2, h, 1).unfold(3, w, 1)
+    return _Plan(level, torch.tensor(sides, device=device), view)

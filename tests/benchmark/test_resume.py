@@ -1,0 +1,107 @@
+"""An AutoAttack run that is killed, budgeted or interrupted ends with the same verdicts."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.data import load_dataset
+from robench.benchmark.models import build_model
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 24
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network that knows the digits well enough to withstand a small eps on some of them."""
+    data = load_dataset("digits").train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_model("smallcnn", classes=10, channels=1, size=8)
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(60):
+            rows = torch.randint(len(data), (128,))
+            x = ThreatModel("Linf", 0.15).sample(data.x[rows])
+            loss = nn.functional.cross_entropy(net(x), data.y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    file = tmp_path_factory.mktemp("weights") / "net.pt"
+    torch.save(net.state_dict(), file)
+    return file
+
+
+def start(folder, weights, *options):
+    folder.mkdir(exist_ok=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1",
+           "GIT_DIR": os.devnull}
+    command = [sys.executable, "-m", "robench", "eval", str(weights), "--model", "smallcnn",
+               "--threat", "Linf:0.06", "--attack", "autoattack", "--limit", str(LIMIT),
+               "--precision", "ieee", "--device", "cpu", "--quiet", "--out", "out", *options]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, code=0):
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == code, err
+    return err
+
+
+def verdicts(folder):
+    (line,) = (folder / "out" / "results.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    with np.load(folder / "out" / record["flags"]) as flags:
+        return record, {name: flags[name].tolist() for name in flags}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    finish(start(folder, weights))
+    record, flags = verdicts(folder)
+    assert 3 < record["n_robust"] < record["n_correct"] <= LIMIT
+    return time.monotonic() - began, record, flags
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, kills):
+    seconds, record, flags = undisturbed
+    rng, effective = random.Random(kills), 0
+    for _ in range(kills):
+        process = start(tmp_path, weights)
+        time.sleep(rng.uniform(0.3, 0.95) * seconds)
+        effective += process.poll() is None
+        process.kill()
+        process.communicate(timeout=60)
+    finish(start(tmp_path, weights))
+    again, same = verdicts(tmp_path)
+    assert same == flags
+    assert effective >= min(kills, 3) / 2  # later ones may find all the work done
+    assert {k: again[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")} == {
+        k: record[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")}
+
+
+def test_a_budget_ends_with_exit_code_5_and_the_next_run_goes_on(tmp_path, weights, undisturbed):
+    _, _, flags = undisturbed
+    error = finish(start(tmp_path, weights, "--budget", "0.5s"), code=5)
+    assert "images are open; run the same command again to go on" in error
+    partial, some = verdicts(tmp_path)
+    assert partial["status"] == "partial"
+    assert 0 < partial["n_open"] <= partial["n_robust"]
+    assert np.all(np.array(some["robust"]) >= np.array(flags["robust"]))  # an upper bound
+    assert "out of time" in (tmp_path / "out" / "leaderboard.csv").read_text()
+    finish(start(tmp_path, weights))
+    whole, same = verdicts(tmp_path)
+    assert (whole["status"], whole["n_open"], same) == ("ok", 0, flags)
