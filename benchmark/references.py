@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,15 +45,33 @@ def reference(
     """pyautoattack on images (N, C, H, W), as its users run it: what survives a part is packed
     into new batches for the next. Returns examples, where there is none the image.
 
+    The parameters ask for gradients, as they do in a network that was loaded: nothing tells
+    users to freeze them, and FAB's backward pass then fills them.
+
     part: "standard" or one of its parts.
     """
     made = cast(PyAutoAttack, make_attack(f"pyautoattack:{part}", threat, seed=seed))
     x = x.detach()
-    with isolated(model, seed), logged_warnings("auto-attack"):
+    with isolated(model, seed), _asking(model), logged_warnings("auto-attack"):
         attack = made._build(Shield(model, x), x.float(), seed)
         images = x.float().contiguous().clone()
         x_adv, _ = attack.run_standard_evaluation(images, y.clone(), batch_size=batch_size)
     return allowed(x_adv, x, threat)
+
+
+@contextmanager
+def _asking(model: Classifier) -> Iterator[None]:
+    """All parameters ask for gradients; `frozen`, outside of this, restores their flags."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
 
 
 def fooled(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: ThreatModel) -> Flags:

@@ -103,7 +103,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Line:
-    """One implementation on one network, of n images that the network gets right.
+    """One implementation on one network, of n images.
 
     Attributes:
         seconds: of the whole attack. ratio: seconds of the library / seconds of this, run by run.
@@ -186,7 +186,7 @@ def summarize(
 
 
 class _Case:
-    """One network and the images that it gets right."""
+    """One network and the images of an evaluation, those that it gets wrong among them."""
 
     def __init__(
         self, name: str, net: nn.Module, data: Images, matrix: Matrix, task: str
@@ -194,13 +194,13 @@ class _Case:
         self._name, self._net, self._task, self._reporter = name, net, task, matrix.reporter
         self._threat, self._seed = matrix.threat, matrix.spec.seeds[0]
         self._batch = matrix.spec.batch_size
-        correct = torch.from_numpy(Target(net, data).correct)
-        if not correct.any():
+        correct = int(Target(net, data).correct.sum())
+        if not correct:
             raise UsageError(f"{name} is right on none of the {len(data)} images")
-        self._images = data.select(correct).to(matrix.device)
+        self._images = data.to(matrix.device)
         self.facts = [
-            f"{len(self._images)} of {len(data)} images of {matrix.dataset.name}, those that the "
-            f"network gets right; {self._threat}, seed {self._seed}", machine(matrix.device),
+            f"{len(data)} images of {matrix.dataset.name}, of which the network gets {correct} "
+            f"right; {self._threat}, seed {self._seed}", machine(matrix.device),
         ]
 
     def lines(self, precisions: Sequence[Precision], repeats: int) -> list[Line]:
