@@ -31,6 +31,7 @@ from robench.randomness import seeded
 Flags = npt.NDArray[np.bool_]
 Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
 BATCH = 500  # images per call of an attack that has no pool
+MASKED = 0.002  # share of the images that Square alone may break before it is remarkable
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _pooled(
         seconds=sum(found.seconds),
         max_distance=float(found.distance.max()),
         violations=found.violations,
-        notes=(*notes, *_sentinel(found, n)),
+        notes=(*notes, *_sentinel(found, n), *_masking(found, n)),
         batch_size=found.slots,
         forwards=found.forwards / len(x),
         backwards=found.backwards / len(x),
@@ -237,6 +238,17 @@ def _sentinel(found: Found, n: int) -> list[str]:
     return [f"sentinel: FAB-T and Square ran on {seen} of the {stood} images that stood and broke "
             f"{broke}; on all of them robust accuracy would be {stood * (1 - high) / n:.1%} to "
             f"{stood * (1 - low) / n:.1%} (95 % interval)"]
+
+
+def _masking(found: Found, n: int) -> list[str]:
+    """AutoAttack's own check: random search should find nothing that gradients do not find."""
+    if "square" not in found.stages[1:]:
+        return []
+    broke = int((found.fell_to == found.stages.index("square")).sum())
+    if broke <= MASKED * n:
+        return []
+    return [f"masking: Square, which uses no gradients, broke {broke} images that the parts before "
+            "it did not: gradients may be masked, and more may fall to an attack made for this model"]
 
 
 def interval(k: int, n: int) -> tuple[float, float]:

@@ -414,6 +414,20 @@ def test_the_pool_says_what_it_did(model, data):
     assert (m.config["precision"], stage["steps"], stage["units"]) == ("exact", 2, 3)
 
 
+def test_it_is_remarked_when_square_finds_what_gradients_do_not():
+    """The classifier rounds its input: no gradient anywhere, and easily fooled."""
+    def rounded(x):
+        value = (x.flatten(1) * 4).round().sum(1) + 0 * x.flatten(1).sum(1)
+        return torch.stack([value - 23.5, 23.5 - value, 0 * value - 99], 1)
+
+    x = 0.5 + 0.1 * torch.rand(20, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    m = measure(Target(rounded, Images(x, rounded(x).argmax(1))),
+                AttackSpec(name="autoattack"), ThreatModel("Linf", 0.15))
+    (note,) = [note for note in m.notes if note.startswith("masking")]
+    assert f"Square, which uses no gradients, broke {m.breakers['square']} images" in note
+    assert m.breakers["square"] > 10
+
+
 def test_where_no_image_is_right_the_pool_has_nothing_to_do(model, data):
     m = measure(Target(model, Images(data.x, 1 - model(data.x).argmax(1))), POOLED, THREAT)
     assert not m.robust.any() and m.seconds == 0 and m.breakers == {}
