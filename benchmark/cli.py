@@ -50,6 +50,8 @@ def _shared(function: F) -> F:
         click.option("--precision", type=click.Choice(["exact", "bf16", "ieee"]),
                      help="Of the search for adversarial examples; what is found is confirmed in "
                      "fp32 always.  [default: exact]"),
+        click.option("--keep-examples", is_flag=True, default=None,
+                     help="Write the adversarial examples beside the records."),
         click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),
         click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
                      help="Where everything goes; its reports are about the last command.  "
@@ -123,12 +125,14 @@ Examples:
 @click.option("--seed", type=int, help="Of the attacks.  [default: 0]")
 @click.option("--budget", metavar="TIME", help="Stop the attacks after 90s, 10m or 2h and report "
               "what is known by then.")
+@click.option("--replay", type=click.Path(path_type=Path), metavar="FILE",
+              help="Examples of --keep-examples to look at first; tables say so.")
 @click.option("--zoo", type=click.Path(path_type=Path), default=Path("models"), metavar="DIR",
               show_default=True, help="Where RobustBench's weights lie or are put.")
 @_shared
 def evaluate(
-    sources: tuple[str, ...], seed: int | None, budget: str | None, zoo: Path, quiet: bool,
-    **given: Any,
+    sources: tuple[str, ...], seed: int | None, budget: str | None, replay: Path | None, zoo: Path,
+    quiet: bool, **given: Any,
 ) -> None:
     """Attack networks: checkpoints, package.module:factory, robustbench:NAME."""
     values = {"out": Path("runs/eval"), **_values(given)}
@@ -140,7 +144,8 @@ def evaluate(
 
     seconds = None if budget is None else _seconds(budget)
     spec = RunSpec.create(values)
-    _show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds), values)
+    _show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds, replay=replay),
+          values)
 
 
 def _of_eval(*names: str) -> list[click.Parameter]:
@@ -174,6 +179,23 @@ def parity(
     spec = RunSpec.create(values)
     click.echo(compare(sources, spec, zoo=zoo, quiet=quiet), nl=False)
     click.echo(f"wrote {spec.out}/parity.md and .csv", err=True)
+
+
+@cli.command(params=_of_eval("sources", "limit"), epilog="""\b
+Example:
+  robench verify weights.pt --model resnet18 --examples runs/eval/eval/autoattack-0a1b.safetensors
+""")
+@click.option("--examples", type=click.Path(path_type=Path), metavar="FILE", required=True,
+              help="What --keep-examples wrote.")
+def verify(
+    examples: Path, sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool,
+    **given: Any,
+) -> None:
+    """Check the examples that --keep-examples wrote again, on the same network or another."""
+    from robench.benchmark.examples import verify_file
+    from robench.benchmark.spec import RunSpec
+
+    click.echo(verify_file(examples, sources, RunSpec.create(_values(given)), zoo=zoo), nl=False)
 
 
 @cli.group()

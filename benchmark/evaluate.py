@@ -47,6 +47,7 @@ class Measurement:
         forwards, backwards: passes per attacked image; None where an attack does not count them.
         breaker: (N,) index into `stages` of the part that fooled the image first, else -1.
         open: images that stand but were not attacked to the end, after a time budget.
+        examples: (M,) the images that fell and (M, C, H, W) what they fell to, where asked for.
     """
 
     attack: AttackSpec
@@ -65,6 +66,7 @@ class Measurement:
     stages: tuple[str, ...] = ()
     breaker: npt.NDArray[np.int8] | None = None
     open: int = 0
+    examples: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -171,23 +173,28 @@ def measure(
     partial: Path | None = None,
     progress: Progress = lambda share, text: None,
     deadline: float | None = None,
+    keep: bool = False,
+    starts: Tensor | None = None,
 ) -> Measurement:
     """Run one attack on the images that are right when clean.
 
     `partial` is a file in which finished work is kept, so that an interrupted measurement goes
     on after it; the caller deletes it. `deadline`, of time.monotonic(), ends the measurement
-    with what is known by then.
+    with what is known by then. `keep` returns the examples too. `starts` (N, C, H, W) are
+    examples from elsewhere, which attacks of the pool look at first.
     """
     attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
     if isinstance(attack, Pooled):
-        return _pooled(target, spec, attack, n, seed, partial, progress, deadline)
+        return _pooled(target, spec, attack, n, seed, partial, progress, deadline, keep, starts)
+    if keep or starts is not None:
+        raise UsageError(f"{spec.label} is no attack of robench: it keeps and replays no examples")
     return _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
 
 
 def _pooled(
     target: Target, spec: AttackSpec, attack: Pooled, n: int, seed: int, partial: Path | None,
-    progress: Progress, deadline: float | None,
+    progress: Progress, deadline: float | None, keep: bool, starts: Tensor | None,
 ) -> Measurement:
     """An attack that runs in the pool: its noise belongs to the images, its work is resumable."""
     correct = target.correct[:n]
@@ -207,7 +214,8 @@ def _pooled(
                  f"({low:.1%} to {high:.1%})")
 
     search = Search(attack, target.model, x, y, seed=seed, slots=target.batch_size,
-                    state=partial, deadline=deadline, progress=show)
+                    state=partial, keep=keep, deadline=deadline, progress=show,
+                    starts=None if starts is None else starts[:n][rows].to(target.device))
     found = search.run()
     robust, breaker = correct.copy(), np.full(n, -1, dtype=np.int8)
     robust[correct] = found.standing
@@ -225,7 +233,14 @@ def _pooled(
         stages=found.stages,
         breaker=breaker,
         open=found.open,
+        examples=_examples(found, rows) if keep else None,
     )
+
+
+def _examples(found: Found, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of all images fell, by the places of the attacked ones, and their examples."""
+    fell = torch.from_numpy(found.fell_to >= 0)
+    return rows.nonzero().flatten()[fell], found.x_adv.cpu()[fell]
 
 
 def _sentinel(found: Found, n: int) -> list[str]:
@@ -248,7 +263,7 @@ def _masking(found: Found, n: int) -> list[str]:
     if broke <= MASKED * n:
         return []
     return [f"masking: Square, which uses no gradients, broke {broke} images that the parts before "
-            "it did not: gradients may be masked, and more may fall to an attack made for this model"]
+            "it did not: gradients may be masked, and an attack made for this model break more"]
 
 
 def interval(k: int, n: int) -> tuple[float, float]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from robench.benchmark.checks import check_logits
+from robench.benchmark.data import Images
+from robench.benchmark.examples import Examples
 from robench.benchmark.matrix import Matrix, Pair, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
@@ -19,16 +21,21 @@ from robench.reports.store import RECORDS, Results, anchored, load
 
 def evaluate_external(
     sources: tuple[str, ...], spec: RunSpec, *, zoo: Path = Path("models"), quiet: bool = True,
-    budget: float | None = None,
+    budget: float | None = None, replay: Path | None = None,
 ) -> Results:
     """Attack networks by `PATH`, `package.module:factory` or `robustbench:NAME`.
 
     `spec` gives data set, threat model, attacks and output folder; `spec.model` the
     architecture of a checkpoint that does not name it. After `budget` seconds the attacks stop:
-    what they know by then is reported as partial. Raises like `run`, and Partial.
+    what they know by then is reported as partial. The examples in the file `replay` are looked
+    at first: a quick check of a later version of a model, labeled in every table. Raises like
+    `run`, and Partial.
     """
     matrix = Matrix(spec, Reporter(quiet=quiet))
     matrix.deadline = None if budget is None else time.monotonic() + budget
+    if replay is not None:
+        matrix.starts = Examples.load(replay).starts(matrix.test)
+        matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
     networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                 for source in dict.fromkeys(sources)]
     records: list[Record] = []

@@ -22,6 +22,7 @@ from robench.benchmark.checkpoints import Header, read_header, weights_sha256
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images, check_images, load_dataset
 from robench.benchmark.evaluate import BATCH, Target, attack_config, measure, save_flags
+from robench.benchmark.examples import Examples
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.recipe import default_threat
@@ -95,6 +96,8 @@ class Matrix:
         self.failures: list[str] = []
         self.partial: list[str] = []
         self.deadline: float | None = None  # of time.monotonic(), for the attacks
+        self.starts: Tensor | None = None  # examples that are looked at before every attack
+        self.starts_sha256 = ""
         self.measured = 0
 
     def run(self) -> Results:
@@ -233,6 +236,7 @@ class Matrix:
                 "seed": seed,
                 "threat": str(threat),
                 "data": self._test_hash(n),
+                **({"starts": self.starts_sha256} if self.starts is not None else {}),
             }
             path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
             yield spec, threat, role, path
@@ -243,6 +247,8 @@ class Matrix:
         for spec, threat, role, path in self._places(subject, pairs, seed):
             facts = {**subject.facts, "role": role}
             record = _kept(path, subject)
+            if self.spec.keep_examples and not path.with_suffix(".safetensors").exists():
+                record = None
             if record is not None:
                 record = record.model_copy(update=facts)
             else:
@@ -273,7 +279,7 @@ class Matrix:
             "parameters": sum(p.numel() for p in subject.net.parameters()),
             "weights_sha256": subject.weights,
             "fingerprint": subject.fingerprint,
-            "attack": spec.label,
+            "attack": spec.label + (",replay" if self.starts is not None else ""),
             "attack_seed": seed,
             "threat": str(threat),
             "n_correct": int(target.correct[:n].sum()),
@@ -281,7 +287,10 @@ class Matrix:
         try:
             with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
                 m = measure(target, spec, threat, seed=seed, partial=partial, progress=update,
-                            deadline=self.deadline)
+                            deadline=self.deadline, keep=self.spec.keep_examples,
+                            starts=self.starts)
+        except UsageError:
+            raise
         except Exception as error:  # third-party attacks raise whatever they like
             reason = one_line(error)
             self.failures.append(f"{subject.label}, {spec.label}: {reason}")
@@ -306,6 +315,9 @@ class Matrix:
             flags=str(flags.relative_to(self.spec.out)),
         )
         save_flags(flags, m)
+        if m.examples is not None:
+            kept = Examples(*m.examples, str(threat), self._test_hash(n))
+            kept.save(flags.with_suffix(".safetensors"))
         if m.open:  # what has ended is in `partial`: the next run goes on there
             self.partial.append(f"{subject.label}, {spec.label}: {m.open} of {n} images are open")
             return record

@@ -105,6 +105,7 @@ class RunSpec(BaseModel):
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: images attacked at a time; None chooses by the device's memory.
         precision: of the search for adversarial examples, see `robench.attacks.network`.
+        keep_examples: write the adversarial examples beside the records.
         jobs: processes that share the work; each gets its share of the cores.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
@@ -130,6 +131,7 @@ class RunSpec(BaseModel):
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     precision: Precision = "exact"
+    keep_examples: bool = False
     jobs: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
+
 from robench.attacks import ThreatModel, make_attack
 from robench.attacks.apgd import APGD
 from robench.attacks.fab import FAB
 from robench.attacks.search import Pooled, Search, Stage
 from robench.attacks.square import Square
 from robench.errors import UsageError
-from torch import nn
 
 LINF = ThreatModel("Linf", 0.1)
 
