@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import ATTACKS, Attack
-from robench.attacks.network import Network, Precision
-from robench.attacks.objectives import cw_margin, targeted_cw
+from robench.attacks.network import Network, Objective, Precision
+from robench.attacks.objectives import cw_margin, objective
 from robench.attacks.pool import State, Step, Units
 from robench.attacks.search import OneStage
 from robench.attacks.threat import Norm, ThreatModel
@@ -120,18 +120,25 @@ class FAB(OneStage):
 
     def _plane(self, net: Network, units: Units) -> tuple[Tensor, Tensor]:
         """The linearized boundary: a wrong logit minus the true one (N,), and its gradient."""
-        if self.targeted:
-            return _boundary(net, units, units.target)[1:]
-        classes, gap, normal = _boundary(net, units, units.y + 1)
-        distance = self._distance(gap, normal)
-        for offset in range(2, classes):
-            _, other_gap, other_normal = _boundary(net, units, units.y + offset)
-            other_distance = self._distance(other_gap, other_normal)
-            nearer = other_distance < distance
-            gap = torch.where(nearer, other_gap, gap)
-            distance = torch.where(nearer, other_distance, distance)
-            normal = torch.lerp(normal, other_normal, _wide(nearer.to(normal)))
-        return gap, normal
+        def planes(classes: int) -> list[Objective]:
+            if self.targeted:
+                return [objective("targeted-cw", units.y, units.target)]
+            others = ((units.y + offset) % classes for offset in range(1, classes))
+            return [objective("targeted-cw", units.y, other) for other in others]
+
+        nearest: tuple[Tensor, Tensor, Tensor] | None = None
+        for _, gap, normal in net.gradients(units.state["point"], planes):
+            # After a claim that full precision did not confirm, aim beyond its margin.
+            gap = (gap - units.bar).nan_to_num()
+            distance = self._distance(gap, normal)
+            if nearest is not None:
+                closer = distance < nearest[2]
+                gap = torch.where(closer, gap, nearest[0])
+                normal = torch.lerp(nearest[1], normal, _wide(closer.to(normal)))
+                distance = torch.where(closer, distance, nearest[2])
+            nearest = gap, normal, distance
+        assert nearest is not None, "a classifier has at least two classes"
+        return nearest[:2]
 
     def _distance(self, gap: Tensor, normal: Tensor) -> Tensor:
         slope = _length(_DUAL[self.threat.norm], normal.flatten(1))
@@ -149,17 +156,6 @@ class FAB(OneStage):
         mixture = torch.lerp(point, x, alpha)
         mixture.add_(torch.lerp(moves[:, 0], moves[:, 1], alpha), alpha=self.eta)
         return mixture.clamp_(threat.low, threat.high).view_as(units.x)
-
-
-def _boundary(net: Network, units: Units, target: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Linearized between the label and class target (N,), which may count on from K as from 0.
-
-    The number K of classes, target logit minus true logit (N,), and its gradient (N, C, H, W).
-    """
-    logits, gap, normal = net.gradient(
-        units.state["point"], lambda z: targeted_cw(z, units.y, target % z.shape[1]))
-    # After a claim that full precision did not confirm, aim beyond its margin.
-    return logits.shape[1], (gap - units.bar).nan_to_num(), normal
 
 
 def onto_plane(threat: ThreatModel, points: Tensor, gap: Tensor, normal: Tensor) -> Tensor:

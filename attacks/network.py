@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -14,8 +14,10 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from robench.attacks.base import Classifier, frozen, memory_format
+from robench.attacks.local import Local
 from robench.attacks.verify import full_precision
 
+Objective = Callable[[Tensor], Tensor]  # logits (N, K) -> one number per image (N,)
 Precision = Literal["exact", "bf16", "ieee"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # The one batch shape of `ieee`: kernels, and with them the last bits, depend on the shape.
@@ -49,28 +51,56 @@ class Network:
                 self._model, self._dtype = _in_bf16(self._model, sample), torch.bfloat16
                 self.prepared += ", bf16"
         self._format = memory_format(self._model)
+        self._sample = sample[:1].to(self._dtype or sample.dtype)
+        self._local: Local | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W); no graph is built."""
         with torch.no_grad():
             return self._logits(self._chunks(x), len(x))
 
-    def gradient(
-        self, x: Tensor, objective: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def near(
+        self, keys: Tensor, base: Tensor, proposal: Tensor, top: Tensor, left: Tensor,
+        size: Tensor,
+    ) -> Tensor:
+        """logits(proposal), for less work where it differs in a small square from known images.
+
+        The arguments are those of `Local.logits`. Only a folded network on a CPU uses them.
+        """
+        if proposal.device.type != "cpu" or not isinstance(self._model, fx.GraphModule):
+            return self.logits(proposal)
+        if self._local is None:
+            self._local = Local(self._model, self._sample)
+        self.forwards += len(proposal)
+        with torch.no_grad():
+            logits = self._local.logits(keys, base, proposal, top, left, size)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
         """(logits (N, K), objective(logits) (N,), its gradient (N, C, H, W)), detached.
 
         The objective maps logits to one number per image. A gradient that is not finite is 0.
         """
+        (found,) = self.gradients(x, lambda classes: [objective])
+        return found
+
+    def gradients(
+        self, x: Tensor, objectives: Callable[[int], Sequence[Objective]]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Like `gradient` for several objectives, given the number of classes: one forward pass,
+        and a backward pass for each."""
         chunks = [chunk.detach().requires_grad_(True) for chunk in self._chunks(x)]
         with torch.enable_grad():
             logits = self._logits(chunks, len(x))
-            values = objective(logits)
-            grads = torch.autograd.grad(values.sum(), chunks)
-        self.backwards += len(x)
-        grad = torch.cat(grads)[: len(x)] if len(grads) > 1 else grads[0][: len(x)]
-        grad = grad.to(x.dtype).contiguous()
-        return logits.detach(), values.detach(), grad.nan_to_num(0.0, 0.0, 0.0)
+        wanted = objectives(logits.shape[1])
+        for left, objective in reversed(list(enumerate(reversed(wanted)))):
+            with torch.enable_grad():
+                values = objective(logits)
+                grads = torch.autograd.grad(values.sum(), chunks, retain_graph=left > 0)
+            self.backwards += len(x)
+            grad = torch.cat(grads)[: len(x)] if len(grads) > 1 else grads[0][: len(x)]
+            grad = grad.to(x.dtype).contiguous()
+            yield logits.detach(), values.detach(), grad.nan_to_num(0.0, 0.0, 0.0)
 
     def _logits(self, chunks: list[Tensor], n: int) -> Tensor:
         self.forwards += n

@@ -97,8 +97,14 @@ class Square(OneStage):
 
     def step(self, net: Network, units: Units) -> Step:
         state = units.state
-        proposal = self._square(units) if self.threat.norm == "Linf" else self._windows(units)
-        margin = cw_margin(net.logits(proposal), units.y)
+        if self.threat.norm == "Linf":
+            proposal, *square = self._square(units)
+            names = units.image << 32 | units.number
+            logits = net.near(names, state["x_adv"], proposal, *square)
+        else:
+            proposal = self._windows(units)
+            logits = net.logits(proposal)
+        margin = cw_margin(logits, units.y)
         better = margin > state["margin"]
         # lerp with weights 0 and 1 copies exactly and is faster than where.
         accept = better[:, None, None, None].to(proposal.dtype)
@@ -112,8 +118,8 @@ class Square(OneStage):
         _, c, _, w = units.x.shape
         return self._edge(units.x, units.noise(0).uniform(c, 1, w))
 
-    def _square(self, units: Units) -> Tensor:
-        """The best image with one square at the edge of the ball.
+    def _square(self, units: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best image with one square at the edge of the ball, and its top, left and side.
 
         The paper adds +-2 eps and projects: from anywhere in the ball that ends at its edge.
         """
@@ -121,8 +127,11 @@ class Square(OneStage):
         _, c, h, w = x.shape
         draw = uniform(units.state["seed"], units.step, 2 + c)
         plan = _plan(self, h, w, x.dtype, x.device)
+        places = plan.places(units.step, draw[:, :1], draw[:, 1:2])
         square = plan.windows(units.step, 0, draw[:, :1], draw[:, 1:2])
-        return torch.lerp(units.state["x_adv"], self._edge(x, draw[:, 2:, None, None]), square)
+        edge = self._edge(x, draw[:, 2:, None, None])
+        top, left, side = (number[:, 0] for number in places)
+        return torch.lerp(units.state["x_adv"], edge, square), top, left, side
 
     def _edge(self, x: Tensor, draw: Tensor) -> Tensor:
         edge = torch.add(x, _signs(draw, x), alpha=self.threat.eps)
@@ -258,11 +267,15 @@ class _Plan:
 
     def windows(self, step: Tensor, kind: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
         """(N, M, H, W): shapes `kind` of the step's size at places from uniform numbers (N, M)."""
-        level = self.level[step][:, None]
         h, w = self.shapes.shape[-2:]
-        side = self.sides[level]
-        top, left = (row * (h - side + 1)).long(), (column * (w - side + 1)).long()
-        return self.shapes[level, kind, h - top, w - left]
+        top, left, _ = self.places(step, row, column)
+        return self.shapes[self.level[step][:, None], kind, h - top, w - left]
+
+    def places(self, step: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, M) first rows, (N, M) first columns and (N, 1) sides of these windows."""
+        h, w = self.shapes.shape[-2:]
+        side = self.sides[self.level[step]][:, None]
+        return (row * (h - side + 1)).long(), (column * (w - side + 1)).long(), side
 
 
 @lru_cache(maxsize=8)

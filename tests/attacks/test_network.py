@@ -137,3 +137,16 @@ def test_the_global_switches_come_back():
         assert not torch.backends.cudnn.allow_tf32
     assert before == (torch.backends.cudnn.allow_tf32,
                       torch.are_deterministic_algorithms_enabled())
+
+
+def test_several_gradients_take_one_forward_pass():
+    net = trained()
+    with frozen(net):
+        prepared = Network(net, "exact", X[:8])
+        wanted = [prepared.gradient(X, lambda z, k=k: z[:, k]) for k in range(5)]
+        prepared.forwards = prepared.backwards = 0
+        found = list(prepared.gradients(
+            X, lambda classes: [lambda z, k=k: z[:, k] for k in range(classes)]))
+    assert (prepared.forwards, prepared.backwards) == (40, 200)
+    for one, other in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
