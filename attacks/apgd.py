@@ -14,7 +14,7 @@ from robench.attacks.base import ATTACKS, Attack
 from robench.attacks.gradient import Loss
 from robench.attacks.network import Network, Precision
 from robench.attacks.objectives import TARGETED, cw_margin, objective
-from robench.attacks.pool import State, Step, Stepper, Units
+from robench.attacks.pool import State, Step, Stepper, Units, per_image
 from robench.attacks.search import OneStage, Stage
 from robench.attacks.threat import ThreatModel
 from robench.errors import UsageError
@@ -148,12 +148,12 @@ class APGD(OneStage):
         logits, loss, grad = self._look(net, units)
         better = loss > state["best"]
         state["best"] = torch.where(better, loss, state["best"])
-        state["x_best"] = torch.where(_wide(better), x_adv, state["x_best"])
-        state["grad_best"] = torch.where(_wide(better), grad, state["grad_best"])
+        state["x_best"] = torch.where(per_image(better), x_adv, state["x_best"])
+        state["grad_best"] = torch.where(per_image(better), grad, state["grad_best"])
         sparse = self.threat.norm == "L1"
         back = self._adapt_sparsity(units) if sparse else self._adapt_size(units, loss)
-        here = torch.where(_wide(back), state["x_best"], x_adv)
-        grad = torch.where(_wide(back), state["grad_best"], grad)
+        here = torch.where(per_image(back), state["x_best"], x_adv)
+        grad = torch.where(per_image(back), state["grad_best"], grad)
         move = self._move_sparsely if sparse else self._move
         state["x_adv"] = move(units, here, grad)
         return Step(x_adv, self._claim(units, x_adv, cw_margin(logits, units.y)))
@@ -176,10 +176,10 @@ class APGD(OneStage):
         if self.eot == 1:
             return margin
         wrong, last = margin > 0, units.step == self.steps - 1
-        state["fooled"] = torch.where(_wide(wrong), x_adv, state["fooled"])
+        state["fooled"] = torch.where(per_image(wrong), x_adv, state["fooled"])
         state["lucky"] = state["lucky"] | wrong
         state["x_adv"] = torch.where(
-            _wide(last & state["lucky"]), state["fooled"], state["x_adv"])
+            per_image(last & state["lucky"]), state["fooled"], state["x_adv"])
         return torch.full_like(margin, -torch.inf)
 
     # Linf and L2: the step size is halved at checkpoints
@@ -208,7 +208,7 @@ class APGD(OneStage):
         """A step along the gradient, then 3/4 of the way there plus 1/4 of the last move."""
         state, x = units.state, units.x
         inside = self._bounded(x) if self.threat.norm == "Linf" else self._radial(x)
-        size = _wide(state["size"])
+        size = per_image(state["size"])
         if self.threat.norm == "Linf":
             ahead = inside(torch.addcmul(here, size, grad.sign_()))
         else:
@@ -216,7 +216,7 @@ class APGD(OneStage):
         share = torch.where(units.step == 0, 1.0, 0.75).to(x.dtype)
         drift = (here - state["x_old"]).add_(here)
         state["x_old"] = here
-        return inside(drift.lerp_(ahead, _wide(share)))
+        return inside(drift.lerp_(ahead, per_image(share)))
 
     def _bounded(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The projection in Linf, in place."""
@@ -276,15 +276,15 @@ class APGD(OneStage):
         state, size = units.state, grad.abs()
         ranked = size.flatten(1).sort(1).values
         least = ranked.gather(1, ranked.shape[1] - state["kept"][:, None])
-        signs = grad.sign_() * (size >= _wide(least[:, 0]))
+        signs = grad.sign_() * (size >= per_image(least[:, 0]))
         count = signs.abs().sum((1, 2, 3)).clamp_min(1)
-        ahead = torch.addcmul(here, _wide(state["size"] / count), signs)
+        ahead = torch.addcmul(here, per_image(state["size"] / count), signs)
         if not self._warm:
             return self.threat.project(ahead, units.x)
         since, scale = self._phase(units.step + 1)
         turn = since == 0
         state["best"] = torch.where(turn, -torch.inf, state["best"])
-        ahead = torch.where(_wide(turn), state["x_best"], ahead)
+        ahead = torch.where(per_image(turn), state["x_best"], ahead)
         return self._project(ahead, units.x, scale)
 
     def _project(self, z: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -292,13 +292,8 @@ class APGD(OneStage):
         inside = self.threat.project(z, x)
         for factor in (2, 3):
             larger = self.threat.scaled(factor).project(z, x)
-            inside = torch.where(_wide(scale == factor), larger, inside)
+            inside = torch.where(per_image(scale == factor), larger, inside)
         return inside
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """(N,) as (N, 1, 1, 1), to go with images."""
-    return rows[:, None, None, None]
 
 
 def _norm(x: Tensor) -> Tensor:

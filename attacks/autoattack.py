@@ -43,10 +43,11 @@ class AutoAttack(Pooled):
 
     def _parts(self) -> list[OneStage]:
         threat = self.threat
+        # The reference uses the larger eps of L1 in `standard` only.
         if self.version == "rand":
-            return [APGD(threat, "ce", eot=20), APGD(threat, "dlr", eot=20)]
+            return [APGD(threat, "ce", eot=20, large_eps=False),
+                    APGD(threat, "dlr", eot=20, large_eps=False)]
         if self.version == "plus":
-            # The reference uses the larger eps of L1 in `standard` only.
             return [APGD(threat, "ce", restarts=5, large_eps=False),
                     APGD(threat, "dlr", restarts=5, large_eps=False),
                     FAB(threat, targeted=False, restarts=5), Square(threat),

@@ -10,7 +10,7 @@ from torch import Tensor
 from robench.attacks.base import ATTACKS, Attack
 from robench.attacks.network import Network, Objective, Precision
 from robench.attacks.objectives import cw_margin, objective
-from robench.attacks.pool import State, Step, Units
+from robench.attacks.pool import State, Step, Units, per_image
 from robench.attacks.search import OneStage
 from robench.attacks.threat import Norm, ThreatModel
 from robench.errors import UsageError
@@ -112,10 +112,10 @@ class FAB(OneStage):
         wrong = margin > units.bar
         closer = wrong & (norm < state["best_norm"])
         # torch.lerp is exact at 0 and 1, and faster than torch.where.
-        state["best"] = torch.lerp(state["best"], candidate, _wide(closer.to(norm)))
+        state["best"] = torch.lerp(state["best"], candidate, per_image(closer.to(norm)))
         state["best_norm"] = torch.where(closer, norm, state["best_norm"])
         kept = torch.where(wrong, self.beta, 1.0).to(norm)
-        state["point"] = torch.lerp(units.x, candidate, _wide(kept))
+        state["point"] = torch.lerp(units.x, candidate, per_image(kept))
         return Step(candidate, torch.where(norm <= threat.eps, margin, -torch.inf))
 
     def _plane(self, net: Network, units: Units) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ class FAB(OneStage):
             if nearest is not None:
                 closer = distance < nearest[2]
                 gap = torch.where(closer, gap, nearest[0])
-                normal = torch.lerp(nearest[1], normal, _wide(closer.to(normal)))
+                normal = torch.lerp(nearest[1], normal, per_image(closer.to(normal)))
                 distance = torch.where(closer, distance, nearest[2])
             nearest = gap, normal, distance
         assert nearest is not None, "a classifier has at least two classes"
@@ -235,11 +235,6 @@ def _length(norm: Norm, vectors: Tensor) -> Tensor:
         return length
     sizes = vectors.abs()
     return sizes.amax(-1) if norm == "Linf" else sizes.sum(-1)
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """(N,) as (N, 1, 1, 1), to go with images."""
-    return rows[:, None, None, None]
 
 
 @ATTACKS.register(

@@ -18,7 +18,7 @@ from torch import Tensor
 from robench.attacks.base import ATTACKS, Classifier
 from robench.attacks.network import Network
 from robench.attacks.objectives import cw_margin
-from robench.attacks.pool import State, Step, Units, new_units
+from robench.attacks.pool import State, Step, Units, new_units, per_image
 from robench.attacks.prepare import Prepared, prepared
 from robench.attacks.search import OneStage, Pooled
 from robench.attacks.threat import ThreatModel
@@ -75,14 +75,14 @@ class _Shrinking(OneStage):
         # The clean image itself is no find, even where a low precision takes it for one.
         wrong = (margin > units.bar) & (norm > 0)
         better = wrong & (norm < state["best_norm"])
-        state["best"] = torch.lerp(state["best"], x_adv, _per_image(better.to(norm)))
+        state["best"] = torch.lerp(state["best"], x_adv, per_image(better.to(norm)))
         state["best_norm"] = torch.where(better, norm, state["best_norm"])
 
         radius = self._radius(units, wrong, norm, margin, grad)
         last = units.step + 1 >= self.steps
         state["radius"] = torch.where(last, radius.clamp_max(self._inside(x)), radius)
         size = self._annealed(units, self.alpha_init, self.alpha_final)
-        moved = delta.addcmul_(grad, _per_image(size / _positive(_norm(grad, 2.0))))
+        moved = delta.addcmul_(grad, per_image(size / _positive(_norm(grad, 2.0))))
         moved = self._onto(moved, state["radius"])
         state["x_adv"] = moved.add_(x).clamp_(self.threat.low, self.threat.high)
         return Step(x_adv, torch.where(norm <= self.threat.eps, margin, -torch.inf))
@@ -162,7 +162,7 @@ class DDN(_Shrinking):
         return radius.clamp_max(_diagonal(self.threat, units.x))
 
     def _onto(self, delta: Tensor, radius: Tensor) -> Tensor:
-        return delta.mul_(_per_image(radius / _positive(_norm(delta, 2.0))))
+        return delta.mul_(per_image(radius / _positive(_norm(delta, 2.0))))
 
 
 @ATTACKS.register(
@@ -211,11 +211,11 @@ class FMN(_Shrinking):
 
     def _onto(self, delta: Tensor, radius: Tensor) -> Tensor:
         if self.threat.norm == "Linf":
-            return _clipped(delta, _per_image(radius))
+            return _clipped(delta, per_image(radius))
         if self.threat.norm == "L1":
             delta = _thresholded(delta, radius)
         norm = _positive(_norm(delta, _ORDER[self.threat.norm]))
-        return delta.mul_(_per_image((radius / norm).clamp_max(1)))
+        return delta.mul_(per_image((radius / norm).clamp_max(1)))
 
 
 def minimum_norm(
@@ -312,11 +312,6 @@ def _norm(images: Tensor, order: float) -> Tensor:
     return flat.abs().sum(1) if order == 1 else flat.abs().amax(1)
 
 
-def _per_image(values: Tensor) -> Tensor:
-    """(N,) -> (N, 1, 1, 1)."""
-    return values[:, None, None, None]
-
-
 def _positive(values: Tensor) -> Tensor:
     """Values >= 0 as divisors."""
     return values.clamp_min(torch.finfo(values.dtype).tiny)
@@ -339,7 +334,7 @@ def _thresholded(delta: Tensor, radius: Tensor) -> Tensor:
         over = (size - t).clamp_min_(0)
         pixels = over.sign().sum(1, keepdim=True).clamp_min(1)
         t = (t + (over.sum(1, keepdim=True) - radius) / pixels).clamp_min(0)
-    return delta - _clipped(delta, _per_image(t.squeeze(1)))
+    return delta - _clipped(delta, per_image(t.squeeze(1)))
 
 
 def _clipped(delta: Tensor, bound: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ size change nothing but rounding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,11 @@ from robench.attacks.noise import StreamNoise, stream_keys
 from robench.attacks.threat import ThreatModel
 
 State = dict[str, Tensor]  # every tensor has the leading dimension of the units
+
+
+def per_image(values: Tensor) -> Tensor:
+    """(N,) -> (N, 1, 1, 1), to go with images."""
+    return values[:, None, None, None]
 
 
 @dataclass(slots=True)
@@ -58,6 +63,8 @@ class Units:
 
     def take(self, rows: Tensor) -> Units:
         """The units at `rows`, indices or a mask."""
+        if rows.dtype == torch.bool:  # one look at the mask, not one for every tensor
+            rows = rows.nonzero().flatten()
         return _map([self], lambda tensors: tensors[0][rows])
 
     @staticmethod
@@ -148,8 +155,8 @@ class Board(Protocol):
     def ended(self, image: Tensor, number: Tensor, last: Tensor) -> None:
         """Units that ended in vain; `last` (M, C, H, W) are their last iterates."""
 
-    def tick(self) -> bool:
-        """After every step; False stops the pool."""
+    def tick(self, under_way: Callable[[], Units | None]) -> bool:
+        """After every step, with a way to the units that have begun; False stops the pool."""
 
 
 def new_units(
@@ -193,24 +200,28 @@ class Pool:
         todo: (image, number) of each unit, in this order.
         slots: units in flight.
         seed: of the search; each stepper, restart and image has its own stream of it.
+        waiting: units that were under way when an earlier pool stopped; not among todo.
     """
 
     def __init__(
         self, stepper: Stepper, net: Network, images: Images, board: Board,
         todo: Sequence[tuple[int, int]], *, slots: int, seed: int,
+        waiting: Units | None = None,
     ) -> None:
         self._stepper, self._net, self._images, self._board = stepper, net, images, board
         self._slots, self._seed = slots, seed
         self._queue = deque(todo)
         self._claims: list[_Claim] = []
-        self._waiting: list[Units] = []  # go on after a claim that was not confirmed
+        # go on after a claim that was not confirmed, or after an interruption
+        self._waiting = [] if waiting is None else [waiting]
         self._claimed: set[int] = set()  # images of the claims
+        self._flying: Units | None = None
+        self._fallen = False  # since the units in flight were last looked through
 
     def run(self) -> bool:
         """True when every unit has ended, False when the board stopped it."""
-        flying: Units | None = None
         while True:
-            flying = self._filled(flying)
+            flying = self._flying = self._filled()
             if flying is None:
                 if not self._claims:
                     return True
@@ -218,27 +229,40 @@ class Pool:
                 continue
             step = self._stepper.step(self._net, flying)
             flying.step += 1
-            claimed, done = step.margin > flying.bar, flying.step >= self._stepper.steps
+            # What is no number is no correct answer: full precision will tell.
+            margin = step.margin.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            claimed, done = margin > flying.bar, flying.step >= self._stepper.steps
             leaving = claimed | done
-            if bool(leaving.any()):  # the only wait for the device in a step
-                self._land(flying, step, claimed, done)
-                flying = flying.take(~leaving)
-            if not self._board.tick():
+            if bool(leaving.any()):
+                self._land(flying, step.candidate, margin, claimed, done)
+                self._flying = flying.take(~leaving)
+            if not self._board.tick(self.under_way):
+                if self._claims:
+                    self._confirm()
                 return False
 
-    def _filled(self, flying: Units | None) -> Units | None:
+    def under_way(self) -> Units | None:
+        """Copies of the units that have begun and not ended, without those whose claim waits."""
+        parts = [*self._waiting, *([] if self._flying is None else [self._flying])]
+        parts = [part for part in parts if len(part)]
+        return Units.join(parts) if parts else None
+
+    def _filled(self) -> Units | None:
         """The units in flight without those of fallen images, and new ones in their place."""
-        parts = []
+        flying, parts = self._flying, []
+        if flying is not None and self._fallen:
+            flying = flying.take(self._board.standing[flying.image])
+        self._fallen = False
         if flying is not None and len(flying):
-            stands = self._board.standing[flying.image]
-            parts = [flying if bool(stands.all()) else flying.take(stands)]
+            parts = [flying]
         room = self._slots - sum(map(len, parts))
         if room > 0 and self._claims and (
             sum(len(c.candidate) for c in self._claims) >= self._slots // 4
             or len(self._queue) < room
         ):
+            self._flying = flying
             self._confirm()
-            return self._filled(flying)
+            return self._filled()
         while room > 0 and self._waiting:
             units = self._waiting.pop()
             units = units.take(self._board.standing[units.image])
@@ -266,11 +290,16 @@ class Pool:
                 fresh.append(unit)
         return fresh
 
-    def _land(self, flying: Units, step: Step, claimed: Tensor, done: Tensor) -> None:
+    def _land(
+        self, flying: Units, candidate: Tensor, margin: Tensor, claimed: Tensor, done: Tensor
+    ) -> None:
         """Take claims and ended units out of the flight."""
-        if bool(claimed.any()):
-            self._claim(flying.take(claimed), step.candidate[claimed], step.margin[claimed])
-        self._end(flying.take(done & ~claimed))
+        rows = claimed.nonzero().flatten()
+        if len(rows):
+            self._claim(flying.take(rows), candidate[rows], margin[rows])
+        rows = (done & ~claimed).nonzero().flatten()
+        if len(rows):
+            self._end(flying.take(rows))
 
     def _claim(self, units: Units, candidate: Tensor, margin: Tensor, end: bool = False) -> None:
         self._claims.append(_Claim(units, candidate, margin, torch.full_like(units.y, end).bool()))
@@ -278,8 +307,6 @@ class Pool:
 
     def _end(self, units: Units) -> None:
         """Units that took all their steps and claimed nothing in the last."""
-        if not len(units):
-            return
         last = units.state["x_adv"]
         if self._stepper.unseen_end:
             self._claim(units, last, torch.zeros_like(units.bar), end=True)
@@ -295,6 +322,7 @@ class Pool:
             for name in ("candidate", "margin", "end")
         )
         fell = self._board.judge(units.image, candidate)
+        self._fallen = True
         over = end & ~fell
         if bool(over.any()):
             self._board.ended(units.image[over], units.number[over], candidate[over])
@@ -303,4 +331,5 @@ class Pool:
         units.bar = units_margin
         more = units.step < self._stepper.steps
         self._waiting.append(units.take(more))
-        self._end(units.take(~more))
+        if bool((~more).any()):
+            self._end(units.take(~more))

@@ -23,12 +23,15 @@ class Prepared:
     Attributes:
         net: for the search. judge: the model itself, as `verify` is to call it.
         correct: (N,) bool, right on the clean image.
+        fingerprint: (64,) or less, the largest logits of the first images: the same weights may
+            be used in another way.
     """
 
     net: Network
     judge: Classifier
     images: Images
     correct: Tensor
+    fingerprint: Tensor
 
 
 @contextmanager
@@ -51,26 +54,35 @@ def prepared(
             judge=padded if precision == "ieee" else model,
             images=Images(x, y, ranked, image_ids(x)),
             correct=logits.argmax(1) == y,
+            fingerprint=logits[:64].amax(1),
         )
 
 
-def auto_slots(net: Network, x: Tensor) -> int:
-    """Units in flight: what fills the device, and no more units of one image than that takes.
+def auto_slots(net: Network, x: Tensor, units: int) -> int:
+    """Units in flight: what fills the device, but not more than the `units` of the largest stage,
+    and on a CPU few units of one image, which would be in vain once it falls.
 
     On a CPU 64 do: larger batches leave the cache. On a GPU the batch is the largest power of 2,
     up to 4096, whose step takes at most half of the free memory.
     """
     if x.device.type != "cuda":
         return max(16, min(64, len(x)))
-    size, passes = 64, (net.forwards, net.backwards)
-    while size < 4096:
-        free, _ = torch.cuda.mem_get_info(x.device)
-        before = torch.cuda.memory_allocated(x.device)
-        torch.cuda.reset_peak_memory_stats(x.device)
-        net.gradient(x[:1].expand(size, *x.shape[1:]).clone(), lambda logits: logits.logsumexp(1))
-        used = torch.cuda.max_memory_allocated(x.device) - before
-        if 2 * used > free / 2:  # twice the images would not fit
-            break
-        size *= 2
+    size, passes = 32, (net.forwards, net.backwards)
+    while size < min(4096, units) and _takes(net, x, size) < _free(x.device) / 4:
+        size *= 2  # which takes twice as much
     net.forwards, net.backwards = passes
     return size
+
+
+def _takes(net: Network, x: Tensor, size: int) -> int:
+    """Bytes that a gradient of `size` images takes at its peak."""
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    net.gradient(x[:1].expand(size, *x.shape[1:]).clone(), lambda logits: logits.logsumexp(1))
+    return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the device and torch's cache still have."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

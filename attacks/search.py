@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from abc import ABC, abstractmethod
@@ -17,14 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+import robench
 from robench.attacks.base import Classifier
 from robench.attacks.network import Precision
 from robench.attacks.noise import stream_keys, words
-from robench.attacks.pool import Images, Pool, Stepper
-from robench.attacks.prepare import auto_slots, prepared
+from robench.attacks.pool import Images, Pool, Stepper, Units
+from robench.attacks.prepare import Prepared, auto_slots, prepared
+from robench.attacks.state import read_state, units_of, write_state
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
-from robench.files import pack_arrays, write_atomic
 
 STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
 
@@ -111,7 +111,8 @@ class Found:
 
     Attributes:
         x_adv: (N, C, H, W) the confirmed example where there is one, else the last iterate of
-            the last stage (the image itself where no stage leaves one).
+            the last stage; the image itself where no stage leaves one, and after an interrupted
+            search that did not keep them.
         fell_to: (N,) index of the stage that broke the image, STANDS or CLEAN.
         stages: their names.
         distance: (N,) float64 norm of the confirmed perturbations, 0 elsewhere.
@@ -119,7 +120,6 @@ class Found:
         forwards, backwards: passes of single images through the network.
         seconds: per stage.
         open: images that stand but have units that did not end, after a time budget.
-        kept: x_adv holds all confirmed examples (not after a resume without them).
         prepared: how the network was prepared.
         classes: outputs of the network. slots: units in flight.
         sampled: (images that the stages with a share saw, images that they broke), or None.
@@ -134,7 +134,6 @@ class Found:
     backwards: int
     seconds: tuple[float, ...]
     open: int
-    kept: bool
     prepared: str
     classes: int
     slots: int
@@ -152,8 +151,8 @@ class Search:
     Args:
         seed: of every random stream; results depend on it, the images and the network alone.
         slots: units in flight; None chooses by the device's memory.
-        state: file in which ended units are kept, so that an interrupted search goes on after
-            them. It belongs to one attack, seed and set of images; a file of another is ignored.
+        state: file in which a search that is interrupted is kept, and from which it goes on. It
+            belongs to one attack, seed, network and set of images; another's is ignored.
         keep: keep the examples in that file too.
         deadline: time.monotonic() at which to stop with what is known by then.
         save_every, show_every (attributes): seconds between writes of that file, and between
@@ -179,8 +178,10 @@ class Search:
         self._x_adv = self._x.clone()
         self._ended: list[npt.NDArray[np.bool_]] = []
         self._passes = np.zeros(2, dtype=np.int64)
-        self._violations, self._kept, self._stage = 0, True, 0
+        self._violations = self._stage = 0
+        self._under_way: tuple[int, Units] | None = None  # stage, units
         self._saved = self._shown = time.monotonic()
+        self._saving = 0.0  # seconds that it took
 
     def run(self) -> Found:
         """Raises what the model raises; then the state file holds what had ended."""
@@ -188,15 +189,15 @@ class Search:
             self._net, self._judge_model = ready.net, ready.judge
             self._fell_to[~ready.correct.cpu().numpy()] = CLEAN
             self._standing = ready.correct
-            self._slots = self._slots or auto_slots(self._net, self._x)
-            self._prepare(ready.images)
+            self._prepare(ready)
             try:
                 self._run(ready.images)
             finally:
                 self.save()
         return self._found()
 
-    def _prepare(self, images: Images) -> None:
+    def _prepare(self, ready: Prepared) -> None:
+        images = ready.images
         n, self._classes = len(self._x), images.ranked.shape[1] + 1
         self._stages = self._attack.stages(self._classes)
         units = [stage.stepper.units(self._classes) for stage in self._stages]
@@ -205,8 +206,10 @@ class Search:
         self._seconds = [0.0] * len(self._stages)
         self._costs = [s.stepper.steps * u * s.share
                        for s, u in zip(self._stages, units, strict=True)]
+        self._slots = self._slots or auto_slots(self._net, self._x, n * max(units))
         self._identity = self._describe(images)
-        self._load()
+        self._fingerprint = ready.fingerprint.cpu().numpy()
+        self._load(images)
 
     def _run(self, images: Images) -> None:
         self._lap = time.perf_counter()
@@ -217,11 +220,14 @@ class Search:
         for index, stage in enumerate(self._stages):
             self._stage, self._lap = index, time.perf_counter()
             assert self._slots is not None
-            complete = Pool(stage.stepper, self._net, images, self, self._todo(),
-                            slots=self._slots, seed=self._seed).run()
+            todo, waiting = self._todo()
+            complete = Pool(stage.stepper, self._net, images, self, todo, slots=self._slots,
+                            seed=self._seed, waiting=waiting).run()
             self._count_seconds()
             if not complete:
                 return
+            if self._under_way is not None and self._under_way[0] == index:
+                self._under_way = None
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -229,12 +235,24 @@ class Search:
             self._seconds[self._stage] += now - self._lap
         self._lap = now
 
-    def _todo(self) -> list[tuple[int, int]]:
-        """The units of this stage that have not ended: all first targets, then all second ones,
-        so that few units of an image are in flight when it falls."""
+    def _todo(self) -> tuple[list[tuple[int, int]], Units | None]:
+        """The units of this stage that have not begun, and those that are under way.
+
+        First all first targets, then all second ones, so that few units of an image are in
+        flight when it falls.
+        """
         chosen = self._chosen[self._stage] & (self._fell_to == STANDS)
-        number, image = np.nonzero((~self._ended[self._stage] & chosen[:, None]).T)
-        return list(zip(image.tolist(), number.tolist(), strict=True))
+        left = ~self._ended[self._stage] & chosen[:, None]
+        waiting = None
+        if self._under_way is not None and self._under_way[0] == self._stage:
+            units = self._under_way[1]
+            image, number = units.image.cpu().numpy(), units.number.cpu().numpy()
+            rows = np.flatnonzero(left[image, number])
+            left[image, number] = False
+            if len(rows):
+                waiting = units.take(torch.from_numpy(rows).to(units.image.device))
+        number, image = np.nonzero(left.T)
+        return list(zip(image.tolist(), number.tolist(), strict=True)), waiting
 
     def _passed(self) -> npt.NDArray[np.int64]:
         return np.array([self._net.forwards, self._net.backwards], dtype=np.int64)
@@ -250,29 +268,35 @@ class Search:
         verdict = verify(self._judge_model, x, candidate, y, self._attack.threat)
         self._passes[0] += len(y)
         self._violations += int(verdict.outside.sum())
-        stood = self._standing[image]
-        fell = verdict.fooled & stood
-        self._x_adv[image[fell]] = candidate[fell]
-        self._standing[image[fell]] = False
-        rows = image[fell].cpu().numpy()
-        self._fell_to[rows] = self._stage
-        self._distance[rows] = verdict.distance[fell].cpu().numpy()
-        return verdict.fooled | ~stood
+        fooled = verdict.fooled | ~self._standing[image]
+        # Of several examples of an image the first counts.
+        names, fell = image.cpu().numpy(), (verdict.fooled & self._standing[image]).cpu().numpy()
+        first = np.flatnonzero(fell)[np.unique(names[fell], return_index=True)[1]]
+        rows = torch.from_numpy(first).to(image.device)
+        self._x_adv[image[rows]] = candidate[rows]
+        self._standing[image[rows]] = False
+        self._fell_to[names[first]] = self._stage
+        self._distance[names[first]] = verdict.distance[rows].cpu().numpy()
+        return fooled
 
     def ended(self, image: Tensor, number: Tensor, last: Tensor) -> None:
         stands = self._standing[image]
         self._x_adv[image[stands]] = last[stands]
         self._ended[self._stage][image.cpu().numpy(), number.cpu().numpy()] = True
 
-    def tick(self) -> bool:
+    def tick(self, under_way: Callable[[], Units | None]) -> bool:
         now = time.monotonic()
-        if now - self._saved >= self.save_every:
+        out_of_time = self._deadline is not None and now >= self._deadline
+        if out_of_time or now - self._saved >= max(self.save_every, 20 * self._saving):
+            units = under_way() if self._file is not None else None
+            self._under_way = None if units is None else (self._stage, units.take(units.step >= 0))
             self.save()
             self._saved = time.monotonic()
+            self._saving = self._saved - now
         if now - self._shown >= self.show_every:
             self._shown = now
             self._progress(self._where())
-        return self._deadline is None or now < self._deadline
+        return not out_of_time
 
     def _where(self) -> Progress:
         stands = self._fell_to == STANDS
@@ -287,9 +311,9 @@ class Search:
     # What survives a kill
 
     def _describe(self, images: Images) -> str:
-        config = json.dumps(
-            [self._attack.config(self._classes), str(self._attack.threat), self._seed],
-            sort_keys=True, default=str)
+        attack = self._attack
+        facts = [attack.config(self._classes), str(attack.threat), self._seed, robench.__version__]
+        config = json.dumps(facts, sort_keys=True, default=str)
         pixels = images.ids.cpu().numpy().tobytes() + self._y.cpu().numpy().tobytes()
         return hashlib.sha256(config.encode() + pixels).hexdigest()
 
@@ -298,37 +322,37 @@ class Search:
         self._count_seconds()
         if self._file is None:
             return
-        examples = self._x_adv[torch.from_numpy(self._fell_to >= 0)] if self._keep else None
-        passes = self._passes + self._passed()
-        write_atomic(self._file, pack_arrays(
-            identity=np.array(self._identity), fell_to=self._fell_to, distance=self._distance,
-            passes=passes, violations=np.array(self._violations), seconds=np.array(self._seconds),
-            **{f"ended{i}": a for i, a in enumerate(self._ended)},
-            **({} if examples is None else {"examples": examples.cpu().numpy()}),
-        ))
+        stage, units = self._under_way or (-1, None)
+        arrays = {
+            "identity": np.array(self._identity), "fingerprint": self._fingerprint,
+            "fell_to": self._fell_to, "distance": self._distance,
+            "passes": self._passes + self._passed(), "violations": np.array(self._violations),
+            "seconds": np.array(self._seconds), "stage": np.array(stage),
+            **{f"ended{i}": array for i, array in enumerate(self._ended)},
+        }
+        if self._keep:
+            examples = self._x_adv[torch.from_numpy(self._fell_to >= 0)]
+            arrays["examples"] = examples.cpu().numpy()
+        write_state(self._file, arrays, units)
 
-    def _load(self) -> None:
-        if self._file is None or not self._file.exists():
+    def _load(self, images: Images) -> None:
+        kept = read_state(self._file, self._identity, self._fingerprint) if self._file else None
+        if kept is None or (self._keep and "examples" not in kept):
             return
         try:
-            with np.load(io.BytesIO(self._file.read_bytes()), allow_pickle=False) as kept:
-                if str(kept["identity"]) != self._identity:
-                    return
-                fell_to = kept["fell_to"]
-                ended = [kept[f"ended{i}"] for i in range(len(self._ended))]
-                loaded = (fell_to, kept["distance"], kept["passes"], int(kept["violations"]),
-                          kept["seconds"].tolist())
-                examples = kept["examples"] if "examples" in kept else None
-        except Exception:  # damaged bytes may raise anything in a parser
-            return  # the file only saves time: start over
-        self._fell_to, self._distance, self._passes, self._violations, self._seconds = loaded
-        self._ended = ended
-        broken = torch.from_numpy(fell_to >= 0)
+            ended = [kept[f"ended{i}"] for i in range(len(self._ended))]
+            under_way = units_of(kept, images)
+            fell_to, distance, passes = kept["fell_to"], kept["distance"], kept["passes"]
+            violations, seconds = int(kept["violations"]), kept["seconds"].tolist()
+            if self._keep:
+                broken = torch.from_numpy(fell_to >= 0)
+                self._x_adv[broken] = torch.from_numpy(kept["examples"]).to(self._x)
+        except Exception:  # the names are right, what they hold is not
+            return
+        self._fell_to, self._distance, self._passes = fell_to, distance, passes
+        self._violations, self._seconds, self._ended = violations, seconds, ended
         self._standing = torch.from_numpy(fell_to == STANDS).to(self._y.device)
-        if examples is not None:
-            self._x_adv[broken] = torch.from_numpy(examples).to(self._x)
-        else:
-            self._kept = not bool(broken.any())
+        self._under_way = None if under_way is None else (int(kept["stage"]), under_way)
 
     def _found(self) -> Found:
         passes = self._passes + self._passed()
@@ -341,7 +365,7 @@ class Search:
             stages=(*names, "replay") if self._starts is not None else tuple(names),
             distance=self._distance, violations=self._violations, forwards=int(passes[0]),
             backwards=int(passes[1]), seconds=tuple(self._seconds),
-            open=int((stands & np.logical_or.reduce(unended)).sum()), kept=self._kept,
+            open=int((stands & np.logical_or.reduce(unended)).sum()),
             prepared=self._net.prepared, classes=self._classes, slots=self._slots or 0,
             sampled=self._sampled(),
         )

@@ -61,5 +61,7 @@ def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threa
     )
     with frozen(model), full_precision():
         images = x_adv if x_adv.dtype == torch.float64 else x_adv.float()
-        wrong = model(images).argmax(1) != y
+        logits = model(images)
+    # A model that answers NaN recognizes nothing: robustness must not come from that.
+    wrong = (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)
     return Verdict(wrong & ~outside, distance, outside)

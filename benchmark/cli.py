@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from robench import __version__
-from robench.errors import RobenchError, UsageError
+from robench.errors import Partial, RobenchError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
@@ -144,8 +144,12 @@ def evaluate(
 
     seconds = None if budget is None else _seconds(budget)
     spec = RunSpec.create(values)
-    _show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds, replay=replay),
-          values)
+    try:
+        _show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds,
+                                replay=replay), values)
+    except Partial as error:
+        _show(error.results, values)
+        raise
 
 
 def _of_eval(*names: str) -> list[click.Parameter]:

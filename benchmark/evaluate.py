@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robench.attacks.base import Attack, Classifier, frozen, memory_format
@@ -27,6 +26,7 @@ from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import pack_arrays, write_atomic
 from robench.randomness import seeded
+from robench.reports.uncertainty import wilson
 
 Flags = npt.NDArray[np.bool_]
 Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
@@ -47,6 +47,7 @@ class Measurement:
         forwards, backwards: passes per attacked image; None where an attack does not count them.
         breaker: (N,) index into `stages` of the part that fooled the image first, else -1.
         open: images that stand but were not attacked to the end, after a time budget.
+        prepared: what the search did to the network, such as folding its batch-norm.
         examples: (M,) the images that fell and (M, C, H, W) what they fell to, where asked for.
     """
 
@@ -66,6 +67,7 @@ class Measurement:
     stages: tuple[str, ...] = ()
     breaker: npt.NDArray[np.int8] | None = None
     open: int = 0
+    prepared: str = ""
     examples: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -158,6 +160,7 @@ class Target:
                                for i in range(0, len(data), BATCH)])
         self.correct: Flags = (clean.argmax(1) == data.y.cpu()).numpy()
         self.classes = clean.shape[1]
+        self.fingerprint = clean[:64].amax(1).numpy()  # the same weights may be used otherwise
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
@@ -187,8 +190,6 @@ def measure(
     n = min(spec.limit or len(target.data), len(target.data))
     if isinstance(attack, Pooled):
         return _pooled(target, spec, attack, n, seed, partial, progress, deadline, keep, starts)
-    if keep or starts is not None:
-        raise UsageError(f"{spec.label} is no attack of robench: it keeps and replays no examples")
     return _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
 
 
@@ -209,7 +210,7 @@ def _pooled(
     x, y = (part[:n][rows].to(target.device) for part in (target.data.x, target.data.y))
 
     def show(now: SearchProgress) -> None:
-        low, high = interval(now.standing, n)
+        low, high = wilson(now.standing / n, n)
         progress(now.done, f"{now.stage}: {now.left} runs left, robust {now.standing}/{n} "
                  f"({low:.1%} to {high:.1%})")
 
@@ -219,7 +220,7 @@ def _pooled(
     found = search.run()
     robust, breaker = correct.copy(), np.full(n, -1, dtype=np.int8)
     robust[correct] = found.standing
-    breaker[correct] = found.fell_to
+    breaker[correct] = np.maximum(found.fell_to, -1)  # a random model may fail without an attack
     return Measurement(
         **common,
         robust=robust,
@@ -233,6 +234,7 @@ def _pooled(
         stages=found.stages,
         breaker=breaker,
         open=found.open,
+        prepared=found.prepared,
         examples=_examples(found, rows) if keep else None,
     )
 
@@ -245,11 +247,11 @@ def _examples(found: Found, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sentinel(found: Found, n: int) -> list[str]:
     """What the parts that saw a share of the images say about all that stood before them."""
-    if found.sampled is None:
+    if found.sampled is None or found.open:
         return []
     seen, broke = found.sampled
     stood = int(found.standing.sum()) + broke
-    low, high = interval(broke, seen)
+    low, high = wilson(broke / seen, seen) if seen else (0.0, 1.0)
     return [f"sentinel: FAB-T and Square ran on {seen} of the {stood} images that stood and broke "
             f"{broke}; on all of them robust accuracy would be {stood * (1 - high) / n:.1%} to "
             f"{stood * (1 - low) / n:.1%} (95 % interval)"]
@@ -266,12 +268,6 @@ def _masking(found: Found, n: int) -> list[str]:
             "it did not: gradients may be masked, and an attack made for this model break more"]
 
 
-def interval(k: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share k / n, in [0, 1]."""
-    found = binomtest(k, n).proportion_ci(method="wilson") if n else None
-    return (0.0, 1.0) if found is None else (float(found.low), float(found.high))
-
-
 def _batched(
     target: Target, spec: AttackSpec, attack: Attack, threat: ThreatModel, n: int, seed: int,
     partial: Path | None, progress: Progress, deadline: float | None,
@@ -279,7 +275,7 @@ def _batched(
     """An attack from elsewhere, batch by batch. The noise of a batch depends on (seed, attack,
     first image of the batch) and on nothing that ran before."""
     size = target.batch_size or BATCH
-    kept = _load_partial(partial, target.correct[:n], size)
+    kept = _load_partial(partial, target.correct[:n], target.fingerprint, size)
     done, robust, seconds, farthest, violations, notes = kept
     for start in range(done, n, size):
         if deadline is not None and time.monotonic() >= deadline:
@@ -301,7 +297,8 @@ def _batched(
                 farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
         seconds += time.perf_counter() - began
         _save_partial(partial, done=done, robust=robust, seconds=seconds, farthest=farthest,
-                      violations=violations, batch_size=size, notes=np.array(notes, dtype=str))
+                      violations=violations, batch_size=size, fingerprint=target.fingerprint,
+                      notes=np.array(notes, dtype=str))
         progress(done / n, f"robust {int(robust[:done].sum())}/{done}")
     return Measurement(
         attack=spec,
@@ -338,17 +335,19 @@ def save_flags(path: Path, measurement: Measurement) -> None:
     `breaker`, the index into `stages` of the part that fooled the image first, else -1."""
     m = measurement
     parts = {} if m.breaker is None else {"breaker": m.breaker, "stages": np.array(m.stages)}
-    write_atomic(path, pack_arrays(correct=m.correct, robust=m.robust, **parts))
+    write_atomic(path, pack_arrays({"correct": m.correct, "robust": m.robust, **parts}))
 
 
 def _load_partial(
-    path: Path | None, correct: Flags, batch_size: int
+    path: Path | None, correct: Flags, fingerprint: npt.NDArray[Any], batch_size: int
 ) -> tuple[int, Flags, float, float, int, list[str]]:
     """(images done, robust flags, seconds, largest distance, violations, notes) so far."""
     if path is not None and path.exists():
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
-                if len(kept["robust"]) == len(correct) and int(kept["batch_size"]) == batch_size:
+                same = np.allclose(kept["fingerprint"], fingerprint, rtol=1e-3, atol=1e-3)
+                if same and (len(kept["robust"]), int(kept["batch_size"])) == (
+                        len(correct), batch_size):
                     return (int(kept["done"]), kept["robust"].copy(), float(kept["seconds"]),
                             float(kept["farthest"]), int(kept["violations"]),
                             [str(note) for note in kept["notes"]])
@@ -359,4 +358,4 @@ def _load_partial(
 
 def _save_partial(path: Path | None, **state: Any) -> None:
     if path is not None:
-        write_atomic(path, pack_arrays(**state))
+        write_atomic(path, pack_arrays(state))

@@ -34,6 +34,7 @@ def evaluate_external(
     matrix = Matrix(spec, Reporter(quiet=quiet))
     matrix.deadline = None if budget is None else time.monotonic() + budget
     if replay is not None:
+        matrix.check_pooled("replays no examples")
         matrix.starts = Examples.load(replay).starts(matrix.test)
         matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
     networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
@@ -55,7 +56,7 @@ def evaluate_external(
     if matrix.failures:
         raise RobenchError("; ".join(matrix.failures))
     if matrix.partial:
-        raise Partial("; ".join(matrix.partial) + "; run the same command again to go on")
+        raise Partial("; ".join(matrix.partial) + "; run the same command again to go on", results)
     return results
 
 

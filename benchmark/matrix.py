@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
+import robench
 from robench.attacks.base import frozen
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
@@ -23,8 +22,9 @@ from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images, check_images, load_dataset
 from robench.benchmark.evaluate import BATCH, Target, attack_config, measure, save_flags
 from robench.benchmark.examples import Examples
+from robench.benchmark.kept import kept_record, kept_transfers
 from robench.benchmark.progress import Reporter
-from robench.benchmark.provenance import environment
+from robench.benchmark.provenance import environment, peak_bytes
 from robench.benchmark.recipe import default_threat
 from robench.benchmark.sources import Network, load_network, pick_device
 from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
@@ -87,6 +87,8 @@ class Matrix:
         self.threat = ThreatModel.parse(spec.threat or default_threat(spec.dataset))
         self.attacks = tuple(attack.at(spec.precision) for attack in spec.attacks)
         check_attacks(self.attacks, self.threat)
+        if spec.keep_examples:
+            self.check_pooled("keeps no examples")
         self.dataset = load_dataset(spec.dataset, spec.data_root, download=spec.download)
         limit = SMOKE_IMAGES if spec.smoke else spec.limit
         test = self.dataset.test.take(limit)
@@ -99,6 +101,12 @@ class Matrix:
         self.starts: Tensor | None = None  # examples that are looked at before every attack
         self.starts_sha256 = ""
         self.measured = 0
+
+    def check_pooled(self, otherwise: str) -> None:
+        """Raises UsageError for attacks of other libraries."""
+        for attack in self.attacks:
+            if not isinstance(attack.build(self.threat), Pooled):
+                raise UsageError(f"{attack.label} is no attack of robench: it {otherwise}")
 
     def run(self) -> Results:
         spec = self.spec
@@ -175,7 +183,7 @@ class Matrix:
     def pending(self, cell: Cell, name: str) -> bool:
         """Whether an attack on this checkpoint is still to be measured."""
         subject, pairs = self._subject(cell, name)
-        return any(_kept(path, subject) is None
+        return any(kept_record(path, subject.fingerprint) is None
                    for *_, path in self._places(subject, pairs, cell.spec.seed))
 
     def _subject(self, cell: Cell, name: str) -> tuple[Subject, list[Pair]]:
@@ -236,6 +244,8 @@ class Matrix:
                 "seed": seed,
                 "threat": str(threat),
                 "data": self._test_hash(n),
+                # An upgrade may mend an attack of ours; a library's version is in its options.
+                **({"robench": robench.__version__} if size is None else {}),
                 **({"starts": self.starts_sha256} if self.starts is not None else {}),
             }
             path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
@@ -246,7 +256,7 @@ class Matrix:
         target: Target | None = None
         for spec, threat, role, path in self._places(subject, pairs, seed):
             facts = {**subject.facts, "role": role}
-            record = _kept(path, subject)
+            record = kept_record(path, subject.fingerprint)
             if self.spec.keep_examples and not path.with_suffix(".safetensors").exists():
                 record = None
             if record is not None:
@@ -289,20 +299,20 @@ class Matrix:
                 m = measure(target, spec, threat, seed=seed, partial=partial, progress=update,
                             deadline=self.deadline, keep=self.spec.keep_examples,
                             starts=self.starts)
-        except UsageError:
-            raise
         except Exception as error:  # third-party attacks raise whatever they like
             reason = one_line(error)
             self.failures.append(f"{subject.label}, {spec.label}: {reason}")
             return Record(**known, attack_config={}, n_robust=0, seconds=0, max_distance=0,
                           precision="fp32", batch_size=0, violations=0, warnings=target.warnings,
                           status="failed", error=reason)
+        known["peak_bytes"] = peak_bytes(self.device)
         record = Record(
             **known,
             attack_config=m.config,
             n_robust=int(m.robust.sum()),
             n_open=m.open,
             precision=m.precision,
+            prepared=m.prepared,
             batch_size=m.batch_size,
             forwards=m.forwards,
             backwards=m.backwards,
@@ -340,7 +350,7 @@ class Matrix:
         config = {"steps": ascent.steps, "step_size": ascent.step_size, "start": ascent.start}
         identity = {"threat": str(self.threat), "data": self._test_hash(len(self.test)), **config}
         path = cell.folder / "eval" / f"rob_f-{digest(identity)}.json"
-        rows = _kept_transfers(path)
+        rows = kept_transfers(path)
         if rows is None:
             self.measured += 1
             nets = {name: cell.network(name, self.device)[0] for name in partners}
@@ -380,21 +390,3 @@ class Matrix:
 
 def _slug(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-=." else "_" for c in label)[:80]
-
-
-def _kept(path: Path, subject: Subject) -> Record | None:
-    """The record of an earlier run, if the network still gives the same logits."""
-    try:
-        record = Record.model_validate_json(path.read_text())
-        same = np.allclose(record.fingerprint, subject.fingerprint, rtol=1e-3, atol=1e-3)
-        return record if same and path.with_suffix(".npz").exists() else None
-    except (OSError, ValidationError):  # not there, or damaged: measure again
-        return None
-
-
-def _kept_transfers(path: Path) -> list[Transfer] | None:
-    try:
-        lines = path.read_text().splitlines()
-        return [Transfer.model_validate_json(line) for line in lines] or None
-    except (OSError, ValidationError):
-        return None

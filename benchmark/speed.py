@@ -231,7 +231,7 @@ class _Case:
         x, y = self._images.x, self._images.y
         with frozen(self._net), searching(precision):
             network = Network(self._net, precision, x[:8])
-            size = self._batch or auto_slots(network, x)
+            size = self._batch or auto_slots(network, x, len(x))
             passes = time_passes(network, x, size)
 
         def run() -> Result:

@@ -140,15 +140,28 @@ def distinct(things: Mapping[K, tuple[tuple[str, ...], str, str]]) -> dict[K, st
     """
     rivals: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
     for scope, name, options in things.values():
-        rivals.setdefault((scope, name), []).append(json.loads(options))
+        rivals.setdefault((scope, name), []).append(_leaves(json.loads(options)))
     labels = {}
     for one, (scope, name, options) in things.items():
+        mine, others = _leaves(json.loads(options)), rivals[scope, name]
         shown = [
-            f"{key}={value}" for key, value in json.loads(options).items()
-            if any(key not in other or other[key] != value for other in rivals[scope, name])
+            f"{key}={value}" for key, value in mine.items()
+            if any(key not in other or other[key] != value for other in others)
         ]
+        if any(other.get("attack") != mine.get("attack") for other in others):
+            # Another implementation, whose options cannot be compared with these.
+            shown = [str(mine["attack"])] if mine["attack"] != name else []
         labels[one] = f"{name} ({', '.join(shown)})" if shown else name
     return labels
+
+
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as one level, with dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in options.items():
+        leaves |= (_leaves(value, f"{prefix}{key}.") if isinstance(value, dict)
+                   else {f"{prefix}{key}": value})
+    return leaves
 
 
 def _attack_id(record: Record) -> tuple[str, ...]:

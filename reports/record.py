@@ -68,6 +68,7 @@ class Record(BaseModel):
     backwards: float | None = None
     seconds: float
     precision: str  # of the search, see robench.attacks.network; verdicts are fp32 always
+    prepared: str = ""  # what the search did to the network: "batch-norm folded, ..."
     threads: int
     batch_size: int
     peak_bytes: int  # of the process (CPU) or the device (CUDA)

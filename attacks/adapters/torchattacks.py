@@ -67,7 +67,7 @@ class TorchAttack:
                     chosen["n_classes"] = shield(x[:1].float()).shape[1]
                 self._check_classes(chosen["n_classes"])
             attack = self._build(shield, chosen)
-            x_adv = attack(x.detach().float().clone(), y.clone())
+            x_adv = attack(x.detach().float().contiguous().clone(), y.clone())
         return allowed(x_adv, x.detach(), self.threat)
 
     @property

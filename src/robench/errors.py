@@ -14,9 +14,13 @@ class UsageError(RobenchError, ValueError):
 
 
 class Partial(RobenchError):
-    """The time budget ended before the work did (exit code 5); what was found is reported."""
+    """The time budget ended before the work did (exit code 5); `results` are what was found."""
 
     exit_code = 5
+
+    def __init__(self, message: str, results: object) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 os.unlink(temporary)
 
 
-def pack_arrays(**arrays: Any) -> bytes:
+def pack_arrays(arrays: Mapping[str, Any], *, compress: bool = True) -> bytes:
     """Like numpy.savez, but with the same bytes for the same arrays: no time stamps."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    how = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    with zipfile.ZipFile(buffer, "w", how) as archive:
         for name, array in arrays.items():
             entry = io.BytesIO()
             np.save(entry, np.asarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue(), how)
     return buffer.getvalue()

@@ -262,11 +262,16 @@ def test_what_the_checks_of_pyautoattack_find_is_noted(pyautoattack, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t", "square"])
-def test_pyautoattack_takes_color_images_in_channels_last(pyautoattack, part):
-    """As robench's own networks want them; the library calls view() on images and gradients."""
+@pytest.mark.parametrize("name", [
+    "pyautoattack:apgd-ce", "pyautoattack:apgd-t", "pyautoattack:fab-t", "pyautoattack:square",
+    "torchattacks:AutoAttack", "torchattacks:PGDL2",
+])
+def test_the_libraries_take_color_images_in_channels_last(name):
+    """As robench's own networks want them; the libraries call view() on images and gradients."""
+    pytest.importorskip(name.partition(":")[0])
+    threat = ThreatModel("L2", 0.5) if "L2" in name else LINF
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     net = net.to(memory_format=torch.channels_last)
     x = torch.rand(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    x_adv = make_attack(f"pyautoattack:{part}", LINF)(net, x, net(x).argmax(1))
+    x_adv = make_attack(name, threat)(net, x, net(x).argmax(1))
     assert x_adv.shape == x.shape

@@ -49,6 +49,9 @@ def test_plus_and_rand():
     rand = parts("autoattack-rand")
     assert list(rand) == ["apgd-ce", "apgd-dlr"]
     assert all((part["eot"], part["units"]) == (20, 1) for part in rand.values())
+    for version in ("plus", "rand"):  # no larger eps in L1
+        found = parts(f"autoattack-{version}", ThreatModel("L1", 10.0))
+        assert all(part.get("large_eps", False) is False for part in found.values())
 
 
 @pytest.mark.parametrize(("classes", "targets"), [(2, 1), (3, 2), (4, 3), (9, 8), (100, 9)])

@@ -150,3 +150,14 @@ def test_several_gradients_take_one_forward_pass():
     assert (prepared.forwards, prepared.backwards) == (40, 200)
     for one, other in zip(wanted, found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_randomized_network_is_left_as_it_is():
+    """Tracing would keep one of its two branches for ever."""
+    class Flipping(Block):
+        def forward(self, x):
+            return super().forward(x.flip(3) if torch.rand(()) < 0.5 else x + 0.1)
+
+    net = trained(Flipping)
+    for _ in range(10):
+        assert look(net, "exact")[0].prepared == "as it is: randomized"

@@ -366,7 +366,7 @@ def test_a_damaged_partial_file_only_costs_time(model, close, tmp_path, content)
     elif content == "other":  # of another number of images
         measure(Target(model, close.take(10), 5), NOISY, THREAT, partial=partial)
     elif content is None:
-        partial.write_bytes(pack_arrays(done=60))
+        partial.write_bytes(pack_arrays({"done": 60}))
     else:
         partial.write_bytes(content)
     again = measure(target, NOISY, THREAT, partial=partial)
@@ -499,7 +499,7 @@ def test_files_of_flags_are_plain_numpy_and_have_no_clock(tmp_path, monkeypatch)
 
 def test_different_flags_have_different_bytes():
     def packed(**arrays):
-        return pack_arrays(**{k: np.array(v) for k, v in arrays.items()})
+        return pack_arrays({k: np.array(v) for k, v in arrays.items()})
 
     assert packed(a=[True]) == packed(a=[True])
     assert len({packed(a=[True]), packed(a=[False]), packed(b=[True]), packed(a=[1])}) == 4

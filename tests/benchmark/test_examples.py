@@ -101,6 +101,6 @@ def test_examples_of_other_images_and_other_files_are_refused(weights, kept, tmp
 
 def test_other_libraries_keep_no_examples(weights, tmp_path):
     pytest.importorskip("torchattacks")
-    with pytest.raises(UsageError, match="keeps and replays no examples"):
+    with pytest.raises(UsageError, match="is no attack of robench: it keeps no examples"):
         robench("eval", weights / "first.pt", *COMMON, "--attack", "torchattacks:PGD", "--quiet",
                 "--keep-examples", "--out", tmp_path)

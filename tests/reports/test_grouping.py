@@ -67,10 +67,21 @@ def test_options_tell_configurations_apart(make_record):
     assert [row.label for row in rows([strong])] == ["trades"]
 
 
+def test_options_of_a_part_are_named_alone(make_record):
+    def record(steps, precision):
+        return make_record(attack="autoattack", attack_config={
+            "precision": precision, "stages": {"apgd-ce": {"steps": steps, "rho": 0.75}}})
+
+    (row,) = rows([record(100, "exact"), record(100, "bf16"), record(9, "exact")])
+    assert list(row.cells) == [
+        "autoattack (precision=exact, stages.apgd-ce.steps=100)",
+        "autoattack (precision=bf16, stages.apgd-ce.steps=100)",
+        "autoattack (precision=exact, stages.apgd-ce.steps=9)"]
+
+
 def test_two_implementations_of_autoattack_keep_their_own_columns(make_record):
     (row,) = rows([make_record(attack="autoattack"), make_record(attack="pyautoattack:standard")])
-    assert list(row.cells) == ["autoattack (attack=autoattack)",
-                               "autoattack (attack=pyautoattack:standard)"]
+    assert list(row.cells) == ["autoattack", "autoattack (pyautoattack:standard)"]
 
 
 def test_a_failure_without_options_joins_the_column_of_its_attack(make_record):

@@ -1,0 +1,347 @@
+"""Which layers of a network can be computed in windows only, and what that saves."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+# Used where the estimated work is at most this share of the whole network's. Work is counted in
+# float32 multiplications: those of the layers, and what it costs to move a value and, per batch
+# and thread, to cut a window out, with all that goes with it. Measured on an AMD EPYC.
+PAYS = 0.8
+_MOVED, _CALLED = 100, 25_000_000
+LIMITS = (0.2, 0.35, 0.5, 0.65, 0.8)  # shares of the map among which a plan has the choice
+
+_FUNCTIONS = {
+    F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, torch.relu, torch.tanh,
+    torch.sigmoid, torch.add, torch.sub, torch.mul, torch.div,
+    operator.add, operator.iadd, operator.sub, operator.mul, operator.truediv,
+}
+_MODULES = {
+    nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU,
+    nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Softplus, nn.Tanh,
+}
+
+
+# Where a change reaches
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An interval of rows (or columns) for every place 0, 1, ... of the square in the image.
+
+    Attributes:
+        start: its first row at each place. size: its length, the same everywhere.
+    """
+
+    start: tuple[int, ...]
+    size: int
+
+    @staticmethod
+    def cover(low: Iterable[int], high: Iterable[int], length: int) -> Span:
+        """Intervals of one size inside [0, length) that cover what of [low, high) is in there."""
+        parts = [(max(a, 0), min(b, length)) for a, b in zip(low, high, strict=True)]
+        size = max(1, max(b - a for a, b in parts))
+        return Span(tuple(min(a, length - size) for a, _ in parts), size)
+
+    @staticmethod
+    def hull(spans: Sequence[Span], length: int) -> Span:
+        low = [min(starts) for starts in zip(*(span.start for span in spans), strict=True)]
+        stops = zip(*(span.stop for span in spans), strict=True)
+        return Span.cover(low, [max(stop) for stop in stops], length)
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return tuple(start + self.size for start in self.start)
+
+    def reached(self, conv: nn.Conv2d, axis: int, length: int) -> Span:
+        """The outputs of a convolution, `length` in all, that read any of these inputs."""
+        reach, stride, padding = _geometry(conv, axis)
+        # The second number: what the first of these outputs read begins no later than these.
+        low = (min(-((reach - a - padding) // stride), (a + padding) // stride)
+               for a in self.start)
+        high = ((b - 1 + padding) // stride + 1 for b in self.stop)
+        return Span.cover(low, high, length)
+
+    def read(self, conv: nn.Conv2d, axis: int) -> Span:
+        """The inputs that these outputs of a convolution read, padding among them.
+
+        And the stride - 1 behind them, which no output may read: all that changed is among them.
+        """
+        reach, stride, padding = _geometry(conv, axis)
+        return Span(tuple(a * stride - padding for a in self.start), self.size * stride + reach)
+
+
+Window = tuple[Span, Span]  # rows, columns
+Place = tuple[Tensor, Tensor]  # (N,) first rows, (N,) first columns
+
+
+def _geometry(conv: nn.Conv2d, axis: int) -> tuple[int, int, int]:
+    """(reach of the kernel, stride, padding)."""
+    reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+    return reach, conv.stride[axis], int(conv.padding[axis])
+
+
+# The plan for one size of squares
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An operation that is computed in a window alone.
+
+    Attributes:
+        window: where its output changes.
+        reads: its inputs, and which part of them it needs.
+        run: from these parts to the output's window.
+    """
+
+    window: Window
+    reads: tuple[tuple[fx.Node, Window], ...]
+    run: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An input of a layer: the new window itself, or with what is known around it.
+
+    Attributes:
+        size: height and width of the part; None: the window alone.
+        cut, put: numbers of places, of the part in the known map and of the window in the part.
+    """
+
+    source: fx.Node
+    size: tuple[int, int] | None = None
+    cut: int = -1
+    put: int = -1
+
+
+class Plan:
+    """How a change of a square of `size` pixels runs through a network.
+
+    Attributes:
+        layers: the local ones, in order; the first is the image itself.
+        frontier: those whose whole maps the tail reads.
+        kept: those whose whole maps must be known.
+        steps: (layer, its function, its inputs), in order. place: number of each window's place.
+        fill: the network from images to the maps of `kept`. tail: from `frontier` to logits.
+        work: what an image costs; calls: operations on windows in a batch.
+    """
+
+    def __init__(self, model: fx.GraphModule, size: int, limit: float) -> None:
+        """limit: share of its map above which a window is computed in the tail."""
+        self.size, self._model = size, model
+        self.layers: dict[fx.Node, Layer] = {}
+        for node in model.graph.nodes:
+            layer = _layer(model, node, self.layers, size)
+            if layer is not None and _area(layer.window) <= limit * math.prod(shape_of(node)[2:]):
+                self.layers[node] = layer
+        self.frontier = [node for node in self.layers
+                         if any(user not in self.layers for user in node.users)]
+        beyond = {source for layer in self.layers.values() for source, window in layer.reads
+                  if window != self.layers[source].window}
+        self.kept = [node for node in self.layers if node in beyond or node in self.frontier]
+        self._starts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.place = {node: self._placed(layer.window) for node, layer in self.layers.items()}
+        self.steps = [(node, layer.run, [self._read(*read) for read in layer.reads])
+                      for node, layer in self.layers.items() if layer.reads]
+        self._tables = [torch.tensor(starts) for starts in zip(*self._starts, strict=True)]
+        self.work = tail_work(model, self.layers) + sum(
+            math.prod(shape_of(node)) * 2 * _MOVED for node in self.frontier)
+        self.calls = 0
+        for node, layer in self.layers.items():
+            self.work += _area(layer.window) * shape_of(node)[1] * (_work(model, node) + _MOVED)
+            for source, window in layer.reads:
+                if window != self.layers[source].window:
+                    self.work += 2 * _MOVED * _area(window) * shape_of(source)[1]
+                    self.calls += 1
+
+    @cached_property
+    def fill(self) -> fx.GraphModule:
+        return _head(self._model, self.kept)
+
+    @cached_property
+    def tail(self) -> fx.GraphModule:
+        return _tail(self._model, self.layers, self.frontier)
+
+    def cost(self, units: int, element: int) -> int:
+        """Work for a batch of that many units, for values of so many bytes."""
+        calls = self.calls * _CALLED * torch.get_num_threads()
+        return units * self.work + calls * 4 // element
+
+    def places(self, top: Tensor, left: Tensor) -> list[Place]:
+        """Where all windows lie, for squares at (N,)."""
+        rows, columns = (table[:, at] for table, at in zip(self._tables, (top, left), strict=True))
+        return list(zip(rows.unbind(), columns.unbind(), strict=True))
+
+    def _read(self, source: fx.Node, window: Window) -> Read:
+        own = self.layers[source].window
+        if window == own:
+            return Read(source)
+        margin = margin_of(self._model, source)
+        cut = self._placed(tuple(Span(tuple(a + margin for a in span.start), span.size)
+                                 for span in window))
+        put = self._placed(tuple(
+            Span(tuple(b - a for a, b in zip(outer.start, inner.start, strict=True)), 0)
+            for outer, inner in zip(window, own, strict=True)))
+        return Read(source, (window[0].size, window[1].size), cut, put)
+
+    def _placed(self, window: Sequence[Span]) -> int:
+        rows, columns = window
+        self._starts.append((rows.start, columns.start))
+        return len(self._starts) - 1
+
+
+def _layer(
+    model: fx.GraphModule, node: fx.Node, layers: dict[fx.Node, Layer], size: int
+) -> Layer | None:
+    """None: the tail must do it."""
+    if node.op == "placeholder":
+        square = [Span(tuple(range(n - size + 1)), size) for n in shape_of(node)[2:]]
+        return Layer((square[0], square[1]), (), lambda parts: parts[0])
+    sources = [source for source in node.all_input_nodes if source in layers]
+    if not sources or len(shape_of(node)) != 4:
+        return None
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        return None if isinstance(module.padding, str) else _convolution(
+            module, sources[0], layers[sources[0]].window, shape_of(node))
+    if not _pointwise(model, node, layers):
+        return None
+    spans = zip(*(layers[source].window for source in sources), strict=True)
+    rows, columns = (Span.hull(parts, length)
+                     for parts, length in zip(spans, shape_of(node)[2:], strict=True))
+    run = _calls(model, node, sources)
+    return Layer((rows, columns), tuple((s, (rows, columns)) for s in sources), run)
+
+
+def _convolution(
+    conv: nn.Conv2d, source: fx.Node, changed: Window, shape: Sequence[int]
+) -> Layer:
+    rows, columns = (span.reached(conv, i, shape[2 + i]) for i, span in enumerate(changed))
+    part = rows.read(conv, 0), columns.read(conv, 1)
+    weight, bias, stride, dilation = conv.weight, conv.bias, conv.stride, conv.dilation
+    return Layer((rows, columns), ((source, part),), lambda parts: F.conv2d(
+        parts[0], weight, bias, stride, 0, dilation, conv.groups))
+
+
+def _pointwise(model: fx.GraphModule, node: fx.Node, layers: dict[fx.Node, Layer]) -> bool:
+    """Whether each output depends on the inputs at its own place alone."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return type(module) in _MODULES and not module.training and getattr(
+            module, "running_mean", module) is not None  # else it mixes the batch
+    shape = shape_of(node)
+    return node.op == "call_function" and node.target in _FUNCTIONS and not any(
+        isinstance(value, fx.Node) for value in node.kwargs.values()
+    ) and all(
+        shape_of(value) == shape if value in layers else _per_channel(model, value)
+        for value in node.args if isinstance(value, fx.Node))
+
+
+def _per_channel(model: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    value = operator.attrgetter(str(node.target))(model)
+    return isinstance(value, Tensor) and all(
+        n == 1 for n in (*value.shape[-2:], *value.shape[:-3]))
+
+
+def _calls(
+    model: fx.GraphModule, node: fx.Node, sources: Sequence[fx.Node]
+) -> Callable[[list[Tensor]], Tensor]:
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return lambda parts: module(parts[0])
+    function: Any = node.target
+    # Numbers of the parts, and constants.
+    plan = [(sources.index(value), None) if value in sources else (None, (
+        operator.attrgetter(str(value.target))(model) if isinstance(value, fx.Node) else value))
+        for value in node.args]
+    return lambda parts: function(
+        *(value if i is None else parts[i] for i, value in plan), **node.kwargs)
+
+
+def _head(model: fx.GraphModule, outputs: Sequence[fx.Node]) -> fx.GraphModule:
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    kept = []
+    for node in model.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in outputs:  # a copy, since what follows may work in place
+            kept.append(graph.call_method("clone", (copies[node],)))
+    graph.output(tuple(kept))
+    return _module(model, graph)
+
+
+def _tail(
+    model: fx.GraphModule, local: Iterable[fx.Node], frontier: Sequence[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in frontier}
+    for node in model.graph.nodes:
+        if node not in local:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return _module(model, graph)
+
+
+def _module(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    module = fx.GraphModule(model, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Of the node's value for one image; () if it is no tensor."""
+    meta = node.meta.get("tensor_meta")
+    return tuple(getattr(meta, "shape", ()))
+
+
+def _area(window: Window) -> int:
+    return window[0].size * window[1].size
+
+
+def _work(model: fx.GraphModule, node: fx.Node) -> int:
+    """Multiplications per value."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module.weight[0].numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+
+
+def tail_work(model: fx.GraphModule, local: Iterable[fx.Node]) -> int:
+    """Of the network without the layers that are computed locally."""
+    return sum(math.prod(shape_of(node)) * (_work(model, node) + _MOVED)
+               for node in model.graph.nodes
+               if node not in local and node.op.startswith("call") and shape_of(node))
+
+
+def separate(model: fx.GraphModule) -> bool:
+    """No operation works in place on what another one reads, too."""
+    for node in model.graph.nodes:
+        in_place = node.target is operator.iadd or node.kwargs.get("inplace", False) or (
+            node.op == "call_method" and str(node.target).endswith("_")) or (
+            node.op == "call_module"
+            and getattr(model.get_submodule(str(node.target)), "inplace", False)) or (
+            node.target in _FUNCTIONS and any(value is True for value in node.args))
+        if in_place and len(node.all_input_nodes[0].users) > 1:
+            return False
+    return True
+
+
+# The cache
+
+
+def margin_of(model: fx.GraphModule, node: fx.Node) -> int:
+    """Zeros around a map, for what convolutions read."""
+    modules = [model.get_submodule(str(user.target)) for user in node.users
+               if user.op == "call_module"]
+    return max((int(conv.padding[axis]) + conv.stride[axis] - 1
+                for conv in modules if isinstance(conv, nn.Conv2d)
+                if not isinstance(conv.padding, str) for axis in (0, 1)), default=0)

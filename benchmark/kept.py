@@ -1,0 +1,28 @@
+"""Measurements of earlier runs, taken as they are where they still hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from robench.reports.record import Record, Transfer
+
+
+def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
+    """The record of an earlier run, if the network still gives the same logits."""
+    try:
+        record = Record.model_validate_json(path.read_text())
+        same = np.allclose(record.fingerprint, fingerprint, rtol=1e-3, atol=1e-3)
+        return record if same and path.with_suffix(".npz").exists() else None
+    except (OSError, ValidationError):  # not there, or damaged: measure again
+        return None
+
+
+def kept_transfers(path: Path) -> list[Transfer] | None:
+    try:
+        lines = path.read_text().splitlines()
+        return [Transfer.model_validate_json(line) for line in lines] or None
+    except (OSError, ValidationError):
+        return None
