@@ -48,7 +48,8 @@ class Network:
         if isinstance(model, nn.Module) and precision != "ieee":
             self._model, self.prepared = _prepared(model, sample)
             if precision == "bf16":
-                self._model, self._dtype = _in_bf16(self._model, sample), torch.bfloat16
+                copied = self._model if self._model is not model else copy.deepcopy(model)
+                self._model, self._dtype = _in_bf16(copied, sample), torch.bfloat16
                 self.prepared += ", bf16"
         self._format = memory_format(self._model)
         self._sample = sample[:1].to(self._dtype or sample.dtype)
@@ -211,18 +212,18 @@ class _LastLinear(nn.Module):
         return F.linear(features.float(), self.linear.weight, self.linear.bias)
 
 
-def _in_bf16(model: nn.Module, sample: Tensor) -> nn.Module:
-    net = copy.deepcopy(model).eval().requires_grad_(False).bfloat16()
+def _in_bf16(net: nn.Module, sample: Tensor) -> nn.Module:
+    """The network itself, converted, but for its last linear layer."""
     last = next((name for name, module in reversed(list(net.named_modules()))
                  if isinstance(module, nn.Linear)), None)
-    if last is not None:
-        wide = _LastLinear(net.get_submodule(last).float())  # type: ignore[arg-type]
-        exact = model.get_submodule(last).state_dict()
-        wide.linear.load_state_dict(exact)
-        net.set_submodule(last, wide)
+    exact = None if last is None else copy.deepcopy(net.get_submodule(last)).float()
+    net = net.eval().requires_grad_(False).bfloat16()
+    if last is not None and isinstance(exact, nn.Linear):
+        rounded = net.get_submodule(last)
+        net.set_submodule(last, _LastLinear(exact.requires_grad_(False)))
         try:
             with torch.no_grad():
                 net(sample.bfloat16())
         except Exception:  # what follows that layer wants bfloat16
-            net.set_submodule(last, wide.linear.bfloat16())
+            net.set_submodule(last, rounded)
     return net
