@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -82,13 +83,17 @@ def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, kills):
     for _ in range(kills):
         process = start(tmp_path, weights)
         time.sleep(rng.uniform(0.3, 0.95) * seconds)
-        effective += process.poll() is None
+        alive = process.poll() is None
         process.kill()
         process.communicate(timeout=60)
+        effective += alive
+        if not alive:  # it went on where the one before was killed, and got to the end
+            assert verdicts(tmp_path)[1] == flags
+            shutil.rmtree(tmp_path / "out")
     finish(start(tmp_path, weights))
     again, same = verdicts(tmp_path)
     assert same == flags
-    assert effective >= min(kills, 3) / 2  # later ones may find all the work done
+    assert effective >= 1
     assert {k: again[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")} == {
         k: record[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")}
 
