@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import ATTACKS, Attack
-from robench.attacks.gradient import Loss
+from robench.attacks.gradient import Ascending, Loss
 from robench.attacks.network import Network, Precision
 from robench.attacks.objectives import TARGETED, cw_margin, objective
 from robench.attacks.pool import State, Step, Stepper, Units, per_image
-from robench.attacks.search import OneStage, Stage
+from robench.attacks.search import Stage
 from robench.attacks.threat import ThreatModel
 from robench.errors import UsageError
 
@@ -25,7 +25,7 @@ _PAPER = "Croce and Hein 2020, arXiv 2003.01690; in L1: Croce and Hein 2021, arX
 
 
 @dataclass(frozen=True, slots=True)
-class APGD(OneStage):
+class APGD(Ascending):
     """Auto-PGD (Croce and Hein 2020, algorithm 1; in L1: Croce and Hein 2021, algorithm 1).
 
     The schedules are those of AutoAttack's code. A call of `step` looks at an iterate and moves
@@ -71,17 +71,6 @@ class APGD(OneStage):
     def name(self) -> str:
         short = "t" if self.loss == "targeted-dlr" else self.loss.replace("targeted", "t")
         return f"apgd-{short}"
-
-    @property
-    def unseen_end(self) -> bool:
-        return True
-
-    def units(self, classes: int) -> int:
-        targets = min(self.targets, classes - 1) if self.loss in TARGETED else 1
-        return targets * self.restarts
-
-    def rank(self, number: int) -> int:
-        return number // self.restarts
 
     def for_classes(self, classes: int) -> APGD:
         """The same with a loss that a network with that many classes has."""

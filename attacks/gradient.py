@@ -19,13 +19,35 @@ Loss = Literal["ce", "cw", "dlr", "targeted-ce", "targeted-cw", "targeted-dlr"]
 Start = Literal["uniform", "none"]
 
 
+class Ascending(OneStage):
+    """What PGD and APGD share: units are restarts, of each target in turn where the loss has any,
+    and the last iterate of a unit is still to be looked at."""
+
+    __slots__ = ()
+
+    loss: Loss
+    restarts: int
+    targets: int
+
+    @property
+    def unseen_end(self) -> bool:
+        return True
+
+    def units(self, classes: int) -> int:
+        targets = min(self.targets, classes - 1) if self.loss in TARGETED else 1
+        return targets * self.restarts
+
+    def rank(self, number: int) -> int:
+        return number // self.restarts
+
+
 @ATTACKS.register(
     "pgd",
     description="projected gradient ascent with restarts; any adversarial iterate counts",
     paper="Madry et al. 2018, arXiv 1706.06083",
 )
 @dataclass(frozen=True, slots=True)
-class PGD(OneStage):
+class PGD(Ascending):
     """Projected gradient descent on the loss.
 
     Attributes:
@@ -62,17 +84,6 @@ class PGD(OneStage):
     @property
     def name(self) -> str:
         return "pgd"
-
-    @property
-    def unseen_end(self) -> bool:
-        return True
-
-    def units(self, classes: int) -> int:
-        targets = min(self.targets, classes - 1) if self.loss in TARGETED else 1
-        return targets * self.restarts
-
-    def rank(self, number: int) -> int:
-        return number // self.restarts
 
     def begin(self, units: Units) -> State:
         x = units.x

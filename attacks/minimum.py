@@ -58,9 +58,6 @@ class _Shrinking(OneStage):
     def units(self, classes: int) -> int:
         return 1
 
-    def rank(self, number: int) -> int:
-        return 0
-
     def begin(self, units: Units) -> State:
         infinite = torch.full_like(units.bar, torch.inf)
         return {"x_adv": units.x, "best": units.x, "best_norm": infinite,

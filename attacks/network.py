@@ -43,7 +43,7 @@ class Network:
         """sample: (N, C, H, W) a few of the images, to check the prepared network on."""
         self.forwards = self.backwards = 0
         self._model, self.prepared = model, "as it is"
-        self._micro = MICRO_BATCH if precision == "ieee" else None
+        self._micro = precision == "ieee"
         self._dtype: torch.dtype | None = None
         if isinstance(model, nn.Module) and precision != "ieee":
             self._model, self.prepared = _prepared(model, sample)
@@ -111,7 +111,7 @@ class Network:
 
     def _chunks(self, x: Tensor) -> list[Tensor]:
         x = x.to(self._dtype or x.dtype).contiguous(memory_format=self._format)
-        return [x] if self._micro is None else list(_micro_batches(x, self._micro))
+        return list(_micro_batches(x)) if self._micro else [x]
 
 
 @contextmanager
@@ -139,14 +139,14 @@ def in_micro_batches(model: Classifier) -> Classifier:
 
     @torch.no_grad()
     def logits(x: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in _micro_batches(x, MICRO_BATCH)])[: len(x)]
+        return torch.cat([model(part) for part in _micro_batches(x)])[: len(x)]
 
     return logits
 
 
-def _micro_batches(x: Tensor, size: int) -> Iterator[Tensor]:
-    for part in torch.split(x, size):
-        missing = size - len(part)
+def _micro_batches(x: Tensor) -> Iterator[Tensor]:
+    for part in torch.split(x, MICRO_BATCH):
+        missing = MICRO_BATCH - len(part)
         yield part if not missing else torch.cat([part, part[:1].expand(missing, *part.shape[1:])])
 
 
@@ -155,7 +155,9 @@ def _prepared(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
     with frozen(model), full_precision():
         wanted = _look(model, sample)
         # Tracing would freeze one draw of a randomized network, which flatters it.
-        if not all(_close(_look(model, sample)[0], wanted[0], 1e-4) for _ in range(8)):
+        with torch.no_grad():
+            again = [model(sample) for _ in range(8)]
+        if not all(_close(logits, wanted[0], 1e-4) for logits in again):
             return model, "as it is: randomized"
         for name, prepare in (("batch-norm folded, channels_last", _folded),
                               ("channels_last", copy.deepcopy)):

@@ -20,6 +20,9 @@ from robench.randomness import derive
 _MASK = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+# The constants of SplitMix64 as signed words, which torch has.
+_GAMMA, *_MIX = (word - (1 << 64) for word in (
+    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -116,3 +119,22 @@ class StreamNoise:
         radius, angle = (-2 * u[:, :half].log()).sqrt(), 2 * math.pi * u[:, half:]
         values = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
         return values.to(dtype).view(len(values), *shape)
+
+
+def quick_uniform(seed: Tensor, step: Tensor, count: int) -> Tensor:
+    """(N, count) float64 in [0, 1): draw number `step` (N,) of the streams `seed` (N,) int64.
+
+    SplitMix64 (Steele, Lea and Flood 2014) takes a tenth of the operations of Philox, whose
+    words would cost as much as all else that a query does besides its pass.
+    """
+    number = step[:, None] * count + torch.arange(1, count + 1, device=seed.device)
+    z = seed[:, None] + number * _GAMMA
+    z = (z ^ _shift(z, 30)) * _MIX[0]
+    z = (z ^ _shift(z, 27)) * _MIX[1]
+    z = z ^ _shift(z, 31)
+    return _shift(z, 11).double() * 2.0**-53
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """z >> bits of unsigned words."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -71,6 +71,9 @@ class Units:
     def join(parts: Sequence[Units]) -> Units:
         return parts[0] if len(parts) == 1 else _map(parts, torch.cat)
 
+    def copy(self) -> Units:
+        return _map([self], lambda tensors: tensors[0].clone())
+
 
 def _map(parts: Sequence[Units], function: Any) -> Units:
     names = [f.name for f in fields(Units) if f.name != "state"]
@@ -245,7 +248,7 @@ class Pool:
         """Copies of the units that have begun and not ended, without those whose claim waits."""
         parts = [*self._waiting, *([] if self._flying is None else [self._flying])]
         parts = [part for part in parts if len(part)]
-        return Units.join(parts) if parts else None
+        return Units.join(parts).copy() if parts else None
 
     def _filled(self) -> Units | None:
         """The units in flight without those of fallen images, and new ones in their place."""

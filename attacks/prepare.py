@@ -34,19 +34,28 @@ class Prepared:
     fingerprint: Tensor
 
 
+def clean_logits(model: Classifier, x: Tensor) -> Tensor:
+    """Logits (N, K) of clean images, in full precision.
+
+    In micro-batches always: who is right, and how an image's targets are ranked, must not
+    depend on the other images.
+    """
+    padded = in_micro_batches(model)
+    with frozen(model), full_precision():
+        return torch.cat([padded(part) for part in torch.split(x, 1024)])
+
+
 @contextmanager
 def prepared(
-    precision: Precision, model: Classifier, x: Tensor, y: Tensor
+    precision: Precision, model: Classifier, x: Tensor, y: Tensor, logits: Tensor | None = None
 ) -> Iterator[Prepared]:
     """The model, frozen, in a precision mode, on images (N, C, H, W), N >= 1.
 
-    The clean pass is in micro-batches always: what stands for the ranking of an image's targets
-    must not depend on the other images.
+    logits: (N, K) of `clean_logits`, where the caller has them.
     """
     padded = in_micro_batches(model)
     with frozen(model), searching(precision):
-        with full_precision():
-            logits = torch.cat([padded(part) for part in torch.split(x, 1024)])
+        logits = clean_logits(model, x) if logits is None else logits
         others = logits.scatter(1, y[:, None], -torch.inf)
         ranked = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
         yield Prepared(

@@ -81,9 +81,13 @@ class Pooled(ABC):
 
 
 class OneStage(Pooled):
-    """An attack that is its own stepper: subclasses have the members of `Stepper`."""
+    """An attack that is its own stepper: subclasses have the other members of `Stepper`."""
 
     __slots__ = ()
+
+    def rank(self, number: int) -> int:
+        """Of a part without targets: the runner-up."""
+        return 0
 
     def stages(self, classes: int) -> tuple[Stage, ...]:
         return (Stage(cast(Stepper, self)),)
@@ -121,7 +125,7 @@ class Found:
         seconds: per stage.
         open: images that stand but have units that did not end, after a time budget.
         prepared: how the network was prepared.
-        classes: outputs of the network. slots: units in flight.
+        slots: units in flight.
         sampled: (images that the stages with a share saw, images that they broke), or None.
     """
 
@@ -135,7 +139,6 @@ class Found:
     seconds: tuple[float, ...]
     open: int
     prepared: str
-    classes: int
     slots: int
     sampled: tuple[int, int] | None
 
@@ -154,6 +157,7 @@ class Search:
         state: file in which a search that is interrupted is kept, and from which it goes on. It
             belongs to one attack, seed, network and set of images; another's is ignored.
         keep: keep the examples in that file too.
+        clean: (N, K) logits of the images, from `clean_logits`, where the caller has them.
         deadline: time.monotonic() at which to stop with what is known by then.
         save_every, show_every (attributes): seconds between writes of that file, and between
             calls of `progress`.
@@ -166,13 +170,13 @@ class Search:
     def __init__(
         self, attack: Pooled, model: Classifier, x: Tensor, y: Tensor, *, seed: int,
         slots: int | None = None, state: Path | None = None, keep: bool = False,
-        deadline: float | None = None, starts: Tensor | None = None,
+        deadline: float | None = None, starts: Tensor | None = None, clean: Tensor | None = None,
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self._attack, self._model, self._x, self._y = attack, model, x.detach(), y
         self._seed, self._slots, self._file, self._keep = seed, slots, state, keep
         self._deadline, self._starts, self._progress = deadline, starts, progress
-        n = len(x)
+        self._clean, n = clean, len(x)
         self._fell_to = np.full(n, STANDS, dtype=np.int16)
         self._distance = np.zeros(n)
         self._x_adv = self._x.clone()
@@ -185,7 +189,9 @@ class Search:
 
     def run(self) -> Found:
         """Raises what the model raises; then the state file holds what had ended."""
-        with prepared(self._attack.precision, self._model, self._x, self._y) as ready:
+        with prepared(
+            self._attack.precision, self._model, self._x, self._y, self._clean
+        ) as ready:
             self._net, self._judge_model = ready.net, ready.judge
             self._fell_to[~ready.correct.cpu().numpy()] = CLEAN
             self._standing = ready.correct
@@ -289,7 +295,7 @@ class Search:
         out_of_time = self._deadline is not None and now >= self._deadline
         if out_of_time or now - self._saved >= max(self.save_every, 20 * self._saving):
             units = under_way() if self._file is not None else None
-            self._under_way = None if units is None else (self._stage, units.take(units.step >= 0))
+            self._under_way = None if units is None else (self._stage, units)
             self.save()
             self._saved = time.monotonic()
             self._saving = self._saved - now
@@ -366,7 +372,7 @@ class Search:
             distance=self._distance, violations=self._violations, forwards=int(passes[0]),
             backwards=int(passes[1]), seconds=tuple(self._seconds),
             open=int((stands & np.logical_or.reduce(unended)).sum()),
-            prepared=self._net.prepared, classes=self._classes, slots=self._slots or 0,
+            prepared=self._net.prepared, slots=self._slots or 0,
             sampled=self._sampled(),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robench.attacks.base import ATTACKS
 from robench.attacks.network import Network
-from robench.attacks.noise import words
+from robench.attacks.noise import quick_uniform, words
 from robench.attacks.objectives import cw_margin
 from robench.attacks.pool import State, Step, Units
 from robench.attacks.search import OneStage
@@ -23,9 +23,6 @@ from robench.errors import UsageError
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 ORDER = {"L2": 2, "L1": 1}
 _TINY = 1e-12
-# The constants of SplitMix64 as signed words, which torch has.
-_GAMMA, *_MIX = (word - (1 << 64) for word in (
-    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @ATTACKS.register(
@@ -79,9 +76,6 @@ class Square(OneStage):
     def units(self, classes: int) -> int:
         return self.restarts
 
-    def rank(self, number: int) -> int:
-        return 0
-
     def size(self, query: int, height: int, width: int) -> int:
         """Side in pixels of the square of query number `query`, counted from 0."""
         p = self.p_init / 2 ** sum(query > q for q in HALVED_AFTER)
@@ -125,10 +119,10 @@ class Square(OneStage):
         """
         x = units.x
         _, c, h, w = x.shape
-        draw = uniform(units.state["seed"], units.step, 2 + c)
+        draw = quick_uniform(units.state["seed"], units.step, 2 + c)
         plan = _plan(self, h, w, x.dtype, x.device)
         places = plan.places(units.step, draw[:, :1], draw[:, 1:2])
-        square = plan.windows(units.step, 0, draw[:, :1], draw[:, 1:2])
+        square = plan.windows(units.step, 0, places)
         edge = self._edge(x, draw[:, 2:, None, None])
         top, left, side = (number[:, 0] for number in places)
         return torch.lerp(units.state["x_adv"], edge, square), top, left, side
@@ -159,12 +153,13 @@ class Square(OneStage):
         """
         x, norm = units.x, self.threat.norm
         _, c, h, w = x.shape
-        draw = uniform(units.state["seed"], units.step, 5 + c)
+        draw = quick_uniform(units.state["seed"], units.step, 5 + c)
         plan = _plan(self, h, w, x.dtype, x.device)
-        squares = plan.windows(units.step, 0, draw[:, :2], draw[:, 2:4])
+        top, left, side = plan.places(units.step, draw[:, :2], draw[:, 2:4])
+        squares = plan.windows(units.step, 0, (top, left, side))
         laid, emptied = squares[:, :1], squares[:, 1:]
         kind = 1 + (draw[:, 4:5] < 0.5).long()
-        eta = plan.windows(units.step, kind, draw[:, :1], draw[:, 2:3])
+        eta = plan.windows(units.step, kind, (top[:, :1], left[:, :1], side))
 
         delta = units.state["x_adv"] - x
         old, freed = delta * laid, delta * torch.maximum(laid, emptied)
@@ -210,25 +205,6 @@ def _whole(delta: Tensor, norm: Norm) -> Tensor:
     return whole
 
 
-def uniform(seed: Tensor, step: Tensor, count: int) -> Tensor:
-    """(N, count) float64 in [0, 1): draw number `step` (N,) of the streams `seed` (N,) int64.
-
-    SplitMix64 (Steele, Lea and Flood 2014) takes a tenth of the operations of Philox, whose
-    words would cost as much as all else that a query does besides its pass.
-    """
-    number = step[:, None] * count + torch.arange(1, count + 1, device=seed.device)
-    z = seed[:, None] + number * _GAMMA
-    z = (z ^ _shift(z, 30)) * _MIX[0]
-    z = (z ^ _shift(z, 27)) * _MIX[1]
-    z = z ^ _shift(z, 31)
-    return _shift(z, 11).double() * 2.0**-53
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """z >> bits of unsigned words."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def pattern(side: int, norm: Norm) -> Tensor:
     """(side, side) float64: eta of section 3.3 of the paper, of norm 1, its lower half negative."""
     eta = torch.cat([_bump(side // 2, side, norm), -_bump(side - side // 2, side, norm)])
@@ -265,14 +241,16 @@ class _Plan:
     sides: Tensor
     shapes: Tensor
 
-    def windows(self, step: Tensor, kind: Tensor | int, row: Tensor, column: Tensor) -> Tensor:
-        """(N, M, H, W): shapes `kind` of the step's size at places from uniform numbers (N, M)."""
+    def windows(
+        self, step: Tensor, kind: Tensor | int, places: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """(N, M, H, W): shapes `kind` of the step's size at these places (N, M)."""
         h, w = self.shapes.shape[-2:]
-        top, left, _ = self.places(step, row, column)
+        top, left, _ = places
         return self.shapes[self.level[step][:, None], kind, h - top, w - left]
 
     def places(self, step: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, M) first rows, (N, M) first columns and (N, 1) sides of these windows."""
+        """(N, M) first rows and columns, from uniform numbers (N, M), and (N, 1) sides."""
         h, w = self.shapes.shape[-2:]
         side = self.sides[self.level[step]][:, None]
         return (row * (h - side + 1)).long(), (column * (w - side + 1)).long(), side

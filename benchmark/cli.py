@@ -47,9 +47,9 @@ def _shared(function: F) -> F:
         click.option("--limit", type=int, metavar="N", help="Attack the first N test images only."),
         click.option("--batch-size", type=int, metavar="N",
                      help="Images attacked at a time.  [default: by the device's memory]"),
-        click.option("--precision", type=click.Choice(["exact", "bf16", "ieee"]),
-                     help="Of the search for adversarial examples; what is found is confirmed in "
-                     "fp32 always.  [default: exact]"),
+        click.option("--precision", metavar="MODE",
+                     help="exact, bf16 or ieee: of the search for adversarial examples; what is "
+                     "found is confirmed in fp32 always.  [default: exact]"),
         click.option("--keep-examples", is_flag=True, default=None,
                      help="Write the adversarial examples beside the records."),
         click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),

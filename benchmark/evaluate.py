@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from robench.attacks.base import Attack, Classifier, frozen, memory_format
-from robench.attacks.network import in_micro_batches
+from robench.attacks.base import Attack, Classifier, memory_format
+from robench.attacks.prepare import clean_logits
 from robench.attacks.search import Found, Pooled, Search
 from robench.attacks.search import Progress as SearchProgress
 from robench.attacks.threat import ThreatModel
@@ -153,14 +153,12 @@ class Target:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = data.x.device if parameter is None else parameter.device
         self.warnings = check_logits(model, self.batch(0, BATCH)[0], data.y)
-        # In batches of one shape: who is right must not depend on who else is there.
-        logits = in_micro_batches(model)
-        with frozen(model), full_precision():
-            clean = torch.cat([check_finite(logits(self.batch(i, i + BATCH)[0])).cpu()
-                               for i in range(0, len(data), BATCH)])
-        self.correct: Flags = (clean.argmax(1) == data.y.cpu()).numpy()
-        self.classes = clean.shape[1]
-        self.fingerprint = clean[:64].amax(1).numpy()  # the same weights may be used otherwise
+        self.clean = torch.cat([check_finite(clean_logits(model, self.batch(i, i + BATCH)[0])).cpu()
+                                for i in range(0, len(data), BATCH)])
+        self.correct: Flags = (self.clean.argmax(1) == data.y.cpu()).numpy()
+        self.classes = self.clean.shape[1]
+        # The same weights may be used in another way.
+        self.fingerprint = self.clean[:64].amax(1).numpy()
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
@@ -207,7 +205,8 @@ def _pooled(
     if not correct.any():
         return Measurement(**common, robust=correct, seconds=0.0, max_distance=0.0, violations=0,
                            notes=notes)
-    x, y = (part[:n][rows].to(target.device) for part in (target.data.x, target.data.y))
+    x, y, clean = (part[:n][rows].to(target.device)
+                   for part in (target.data.x, target.data.y, target.clean))
 
     def show(now: SearchProgress) -> None:
         low, high = wilson(now.standing / n, n)
@@ -215,12 +214,12 @@ def _pooled(
                  f"({low:.1%} to {high:.1%})")
 
     search = Search(attack, target.model, x, y, seed=seed, slots=target.batch_size,
-                    state=partial, keep=keep, deadline=deadline, progress=show,
+                    clean=clean, state=partial, keep=keep, deadline=deadline, progress=show,
                     starts=None if starts is None else starts[:n][rows].to(target.device))
     found = search.run()
     robust, breaker = correct.copy(), np.full(n, -1, dtype=np.int8)
     robust[correct] = found.standing
-    breaker[correct] = np.maximum(found.fell_to, -1)  # a random model may fail without an attack
+    breaker[correct] = found.fell_to
     return Measurement(
         **common,
         robust=robust,

@@ -10,8 +10,9 @@ from scipy import stats
 from torch import nn
 
 from robench.attacks import ThreatModel, make_attack, verify
+from robench.attacks.noise import quick_uniform
 from robench.attacks.pool import Images, Units, new_units
-from robench.attacks.square import Square, pattern, uniform
+from robench.attacks.square import Square, pattern
 from robench.errors import UsageError
 from robench.testing import check_attack
 
@@ -72,9 +73,9 @@ def test_uniform_is_splitmix64():
     """Against the words that the authors' C program prints for seed 1234567."""
     words = [6457827717110365317, 3203168211198807973, 9817491932198370423,
              4593380528125082431, 16408922859458223821, 0]
-    got = uniform(torch.tensor([1234567]), torch.tensor([0]), 5)[0]
+    got = quick_uniform(torch.tensor([1234567]), torch.tensor([0]), 5)[0]
     assert (got * 2**53).long().tolist() == [word >> 11 for word in words[:5]]
-    later = uniform(torch.tensor([1234567]), torch.tensor([1]), 2)[0]
+    later = quick_uniform(torch.tensor([1234567]), torch.tensor([1]), 2)[0]
     assert torch.equal(later, got[2:4])
 
 
@@ -341,7 +342,7 @@ def test_the_path_of_the_reference(norm):
         signs += start[:, 1:, :, None, None].unbind(2)
     for query in range(queries):
         known = 2 if norm == "Linf" else 5
-        draw = uniform(units.state["seed"], torch.tensor([query + 1]), known + c)[0]
+        draw = quick_uniform(units.state["seed"], torch.tensor([query + 1]), known + c)[0]
         free = h - attack.size(query, h, w) + 1
         rows_first = [0, 1] if norm == "Linf" else [0, 2, 1, 3]
         places += [(draw[i] * free).long() for i in rows_first]

@@ -205,7 +205,7 @@ def test_images_on_which_the_two_disagree(here, pyautoattack, robench, monkeypat
     (("nowhere.pt",), "there is no file nowhere.pt"),
     (("my_means:means", "--limit", 0), "limit: "),
     (("my_means:means", "--threat", "Linf:8"), "write Linf:8/255"),
-    (("my_means:means", "--precision", "half"), "'half' is not one of"),
+    (("my_means:means", "--precision", "half"), "precision: Input should be"),
 ])
 def test_a_mistake_is_one_line(here, pyautoattack, robench, arguments, message):
     done = robench("parity", *arguments)
