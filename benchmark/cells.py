@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,11 +27,10 @@ from robench.benchmark.recipe import (
 )
 from robench.benchmark.sources import Network
 from robench.benchmark.spec import CellSpec, RunSpec
-from robench.defenses.base import DEFENSES, Defense, make_defense
+from robench.defenses.base import DEFENSES, Defense, make_defense, options_of
 from robench.defenses.trainer import EpochLog, TrainConfig, TrainingFailed, fit
 from robench.errors import UsageError
 from robench.randomness import seeded
-from robench.registry import unknown
 
 SMOKE_IMAGES = 32
 
@@ -127,8 +125,7 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
     if not names:
         raise UsageError("name at least one --defense")
     for name in spec.options:
-        if name not in DEFENSES:
-            raise unknown("defense", name, DEFENSES.names())
+        _ = DEFENSES[name.partition("+")[0]]  # raises for an unknown one
     rows = [planner.cell(name, seed, baseline=name in baselines)
             for name in names for seed in dict.fromkeys(spec.seeds)]
     return list(planner.cells.values()), rows
@@ -150,7 +147,6 @@ class _Planner:
     def cell(self, name: str, seed: int, *, baseline: bool = False) -> Cell:
         """The cell of a defense, after those of its teachers; the same one for the same spec."""
         spec, dataset = self.spec, self.dataset
-        entry = DEFENSES[name].value
         settings = settings_for(spec.recipe, name, dataset.name)
         model = settings.model
         if isinstance(model, str):
@@ -165,8 +161,9 @@ class _Planner:
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
         teachers: dict[str, Cell | Network] = {
-            role: self.teacher or self._taught(role, name, taught_by, seed)
-            for role, taught_by in entry.given.items()
+            role: (self.teacher if role == "teacher" else None)
+            or self._taught(role, name, taught_by, seed)
+            for role, taught_by in defense.given.items()
         }
         header = Header(
             model=model,
@@ -186,7 +183,7 @@ class _Planner:
             data_sha256=self.data_sha256,
             model=model,
             defense=name,
-            options=_options(defense),
+            options=options_of(defense),
             threat=str(threat),
             recipe=spec.recipe,
             train=train,
@@ -253,12 +250,6 @@ class _Planner:
 def selection_of(train: TrainConfig) -> str:
     """How records name the split on which the checkpoint was chosen."""
     return "none" if train.select == "last" else train.select
-
-
-def _options(defense: Defense) -> dict[str, Any]:
-    """Every knob of the method, those at their default too: a new default is another training."""
-    options: dict[str, Any] = asdict(defense) if is_dataclass(defense) else {}
-    return {name: value for name, value in options.items() if name != "threat"}
 
 
 def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter) -> Result:

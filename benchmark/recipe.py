@@ -65,15 +65,16 @@ class Recipe(Settings):
     defenses: dict[str, MethodSettings] = Field(default_factory=dict)
 
     def resolve(self, defense: str, dataset: str) -> Settings:
-        """The settings of a method on a data set: general, data set, method, method on it."""
-        method = self.defenses.get(defense, MethodSettings())
+        """The settings of a method on a data set: general, data set, method, method on it.
+
+        Those of `trades+awp` lie over those of `trades` where the recipe is one for all methods.
+        """
         nothing = Settings()
-        layers: list[Settings] = [
-            self,
-            self.datasets.get(dataset, nothing),
-            method,
-            method.datasets.get(dataset, nothing),
-        ]
+        layers: list[Settings] = [self, self.datasets.get(dataset, nothing)]
+        shared = any("epochs" in layer.train for layer in layers)
+        for name in dict.fromkeys([*([defense.split("+")[0]] if shared else []), defense]):
+            method = self.defenses.get(name, MethodSettings())
+            layers += [method, method.datasets.get(dataset, nothing)]
         settings = nothing
         for layer in layers:
             settings = layer.over(settings)

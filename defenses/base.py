@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent, Start
@@ -21,11 +22,39 @@ from robench.registry import Registry
 Nets = Mapping[str, nn.Module]  # "student", and "teacher" or "peer" where a method needs one
 
 
+class Moment(NamedTuple):
+    """Where a training is: in step `step` (of `steps`) of epoch `epoch` (of `epochs`), from 0.
+
+    lr_share: the learning rate of this step as a share of the highest one.
+    """
+
+    epoch: int
+    epochs: int
+    step: int = 0
+    steps: int = 1
+    lr_share: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Of the training that is over, in [0, 1)."""
+        return (self.epoch + self.step / self.steps) / self.epochs
+
+    def reached(self, point: float) -> bool:
+        """Whether epoch `point` has begun; strictly between 0 and 1 it is a share of all epochs."""
+        return self.epoch >= (int(point * self.epochs) if 0 < point < 1 else point)
+
+
 @dataclass(slots=True)
 class Losses:
-    """The outcome of one outer step: named terms, weighted, whose sum is minimized."""
+    """The outcome of one outer step: named terms, weighted, whose sum is minimized.
 
-    parts: dict[str, Tensor]  # () each, logged
+    Attributes:
+        parts: () each, logged.
+        seen: detached values that `after_step` wants, of any shape.
+    """
+
+    parts: dict[str, Tensor]
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
@@ -38,34 +67,94 @@ class Defense(ABC):
 
     `trained` networks get one optimizer each and are in train mode during `loss`; networks in
     `given` are frozen and in eval mode throughout. `given` names, for each, the defense by which
-    the matrix trains one if the user brings none.
+    the matrix trains one if the user brings none. What a method must remember from step to step
+    lies in modules of `memory`, which are saved with the state of the training.
     """
 
     trained: ClassVar[tuple[str, ...]] = ("student",)
     given: ClassVar[Mapping[str, str]] = {}
 
+    def memory(self, nets: Nets, classes: int) -> Mapping[str, nn.Module]:
+        """More entries of `nets`, made once: an average of the student, running weights.
+
+        Nobody trains them; the method itself changes them in `after_step` and `after_epoch`.
+        Default: none.
+        """
+        return {}
+
     @abstractmethod
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        """Inner maximization: the batch (N, C, H, W) the outer step trains on, detached."""
+        """Inner maximization: the batch the outer step trains on, detached.
+
+        (N, C, H, W); a method that attacks two networks returns (2N, C, H, W), one after another.
+        """
 
     @abstractmethod
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
-        """Outer minimization. Touches no optimizer and no mode."""
+        """Outer minimization. Touches no optimizer, no mode and no memory."""
 
     @contextmanager
     def perturbed(self, nets: Nets, objective: Callable[[Nets], Losses]) -> Iterator[None]:
-        """Weights may be displaced while the gradient is taken (AWP, SAM). Default: not."""
+        """Weights may be displaced while gradients are taken and optimizers step (AWP, SAM)."""
         yield
 
-    def at(self, share: float) -> Defense:
-        """The defense at this share of the training, 0 <= share < 1: for schedules.
+    def at(self, now: Moment) -> Defense:
+        """The defense for this step: for schedules.
 
         A schedule of eps or of a weight returns `dataclasses.replace(self, ...)`. Default: self.
         """
         return self
 
-    def after_step(self, nets: Nets, x: Tensor, y: Tensor) -> None:  # noqa: B027
-        """Called when the optimizers have stepped. Default: nothing."""
+    def after_step(  # noqa: B027
+        self, nets: Nets, x: Tensor, y: Tensor, losses: Losses
+    ) -> None:
+        """Called when the optimizers have stepped, without a graph. Default: nothing."""
+
+    def after_epoch(self, nets: Nets) -> None:  # noqa: B027
+        """Called at the end of an epoch, without a graph. Default: nothing."""
+
+
+class Remembered(nn.Module):
+    """A memory of plain tensors: `Remembered(weight=torch.ones(()))`, then `memory.weight`."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+
+def take_step(
+    defense: Defense,
+    nets: Nets,
+    optimizers: Iterable[torch.optim.Optimizer],
+    x: Tensor,
+    y: Tensor,
+    clip: float | None = None,
+) -> Losses:
+    """One training step on a batch, with the defense of this moment.
+
+    Args:
+        optimizers: of the trained networks; these are in train mode.
+        clip: the largest length of the gradient of each network; None: any.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    x_adv = defense.craft(nets, x, y)
+
+    def objective(nets: Nets) -> Losses:
+        return defense.loss(nets, x, x_adv, y)
+
+    with defense.perturbed(nets, objective):
+        losses = objective(nets)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            if clip is not None:
+                for group in optimizer.param_groups:
+                    nn.utils.clip_grad_norm_(group["params"], clip)
+            optimizer.step()
+    with torch.no_grad():
+        defense.after_step(nets, x, y, losses)
+    return losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +169,7 @@ class Adversarial(Defense):
         clamp_start: see Ascent.
         craft_mode: mode of the attacked network while crafting. In "train" batch-norm uses
             batch statistics and updates its running ones at every ascent step.
+        label_smoothing: of the labels in the outer loss; the attack sees the labels as they are.
     """
 
     threat: ThreatModel
@@ -88,6 +178,7 @@ class Adversarial(Defense):
     start: Start = "normal"
     clamp_start: bool = False
     craft_mode: Mode = "eval"
+    label_smoothing: float = 0.0
 
     @property
     def ascent(self) -> Ascent:
@@ -103,6 +194,44 @@ class Adversarial(Defense):
         """
         with frozen(*others), frozen(net, mode=self.craft_mode):
             return self.ascent.maximize(objective, x)
+
+    def label_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of logits (N, K) with labels (N,), mean over the batch."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Defense):
+    """A change to any defense, written `trades+NAME`; its own options are `NAME.option`."""
+
+    kind: ClassVar[str]  # NAME
+    inner: Defense
+
+    @property
+    def trained(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.trained
+
+    @property
+    def given(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.inner.given
+
+    def memory(self, nets: Nets, classes: int) -> Mapping[str, nn.Module]:
+        return self.inner.memory(nets, classes)
+
+    def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner.craft(nets, x, y)
+
+    def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
+        return self.inner.loss(nets, x, x_adv, y)
+
+    def at(self, now: Moment) -> Defense:
+        return replace(self, inner=self.inner.at(now))
+
+    def after_step(self, nets: Nets, x: Tensor, y: Tensor, losses: Losses) -> None:
+        self.inner.after_step(nets, x, y, losses)
+
+    def after_epoch(self, nets: Nets) -> None:
+        self.inner.after_epoch(nets)
 
 
 def clean_logits(net: nn.Module, x: Tensor) -> Tensor:
@@ -125,12 +254,36 @@ def _builtin() -> None:
 
 
 DEFENSES: Registry[type[Defense]] = Registry("defense", "robench.defenses", _builtin)
+WRAPPERS: Registry[type[Wrapper]] = Registry("wrapper", None, _builtin)
 
 
 def make_defense(name: str, threat: ThreatModel, /, **options: Any) -> Defense:
-    """Build a defense by name. Raises UsageError for an unknown name, option or kind of value."""
-    cls = DEFENSES[name].value
-    made = checked(options, cls, "defense", name)
+    """Build a defense by name, `trades` or `trades+awp`.
+
+    Raises UsageError for an unknown name, option or kind of value.
+    """
+    base, *wrappers = name.split("+")
+    cls, own = DEFENSES[base].value, dict(options)
+    around = []
+    for wrapper in wrappers:
+        mine = [option for option in own if option.startswith(f"{wrapper}.")]
+        given = {option.removeprefix(f"{wrapper}."): own.pop(option) for option in mine}
+        outer = WRAPPERS[wrapper].value
+        around.append((outer, checked(given, outer, "wrapper", wrapper)))
+    made = checked(own, cls, "defense", base)
     if any(field.name == "threat" for field in fields(cls)):  # type: ignore[arg-type]
         made["threat"] = threat
-    return cls(**made)
+    defense = cls(**made)
+    for outer, knobs in around:
+        defense = outer(inner=defense, **knobs)
+    return defense
+
+
+def options_of(defense: Defense) -> dict[str, Any]:
+    """Every knob, as make_defense takes it, those at their default too."""
+    if isinstance(defense, Wrapper):
+        own = {f"{defense.kind}.{field.name}": getattr(defense, field.name)
+               for field in fields(defense) if field.name != "inner"}
+        return options_of(defense.inner) | own
+    options: dict[str, Any] = asdict(defense) if is_dataclass(defense) else {}
+    return {name: value for name, value in options.items() if name != "threat"}

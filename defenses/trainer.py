@@ -2,12 +2,14 @@
 
     for epoch in epochs:                          # seeded by (seed, epoch): resumes exactly
         for x, y in shuffled, augmented batches:  # on the device
-            x_adv = defense.craft(nets, x, y)                       # inner maximization
-            with defense.perturbed(nets, objective):                # AWP and the like
-                losses = defense.loss(nets, x, x_adv, y)
+            now = defense.at(moment)                                # schedules of the method
+            x_adv = now.craft(nets, x, y)                           # inner maximization
+            with now.perturbed(nets, objective):                    # AWP and the like
+                losses = now.loss(nets, x, x_adv, y)
                 losses.total.backward()
-            for every trained network: optimizer.step()
-            defense.after_step(nets, x, y)
+                for every trained network: optimizer.step()
+            now.after_step(nets, x, y, losses)
+        now.after_epoch(nets)
         average the student's weights             # SWA, from swa_start on
         measure student and average               # clean and PGD, on the selection split
         keep best, last, swa, swa-last, peer      # networks
@@ -29,7 +31,7 @@ from robench.attacks.base import frozen, memory_format
 from robench.attacks.gradient import PGD
 from robench.attacks.threat import ThreatModel
 from robench.defenses.averaging import WeightAverage
-from robench.defenses.base import Defense, Losses, Nets
+from robench.defenses.base import Defense, Moment, Nets, clean_logits, take_step
 from robench.errors import RobenchError
 from robench.randomness import seeded
 
@@ -184,13 +186,16 @@ def fit(
         )
         for name in defense.trained
     }
-    progress = _restore(keeper.load_state(), defense, nets, optimizers)
+    classes = clean_logits(nets["student"], train[0][:1]).shape[1]
+    memory = {name: module.eval().requires_grad_(False)
+              for name, module in defense.memory(nets, classes).items()}
+    nets = {**nets, **memory}
+    progress = _restore(keeper.load_state(), defense, nets, optimizers, memory)
     attack = PGD(threat, config.select_steps, config.select_step_size)
     while progress.epoch < config.epochs:
         epoch = progress.epoch
         with seeded(seed, "epoch", epoch):
-            now = defense.at(epoch / config.epochs)
-            log = _epoch(now, nets, optimizers, train, augment, config, epoch, watcher)
+            log = _epoch(defense, nets, optimizers, train, augment, config, epoch, watcher)
             student, average = nets["student"], None
             if config.averages(epoch):
                 progress.average.update(student)
@@ -206,7 +211,7 @@ def fit(
         progress.history.append(EpochLog(**log))
         progress.epoch += 1
         _keep_networks(keeper, defense, nets, average, progress, config)
-        keeper.save_state(_state(progress, nets, optimizers, defense))
+        keeper.save_state(_state(progress, nets, optimizers, defense, memory))
         watcher.epoch(progress.history[-1])
     return progress.history
 
@@ -233,25 +238,17 @@ def _epoch(
         if config.lr_per_iteration:
             lr = config.lr_at(epoch + (step + 1) / steps)
         for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        x_adv = defense.craft(nets, x, y)
-
-        def objective(n: Nets, x: Tensor = x, x_adv: Tensor = x_adv, y: Tensor = y) -> Losses:
-            return defense.loss(n, x, x_adv, y)
-
-        with defense.perturbed(nets, objective):
-            losses = objective(nets)
-            losses.total.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers.values():
-            optimizer.step()
-        defense.after_step(nets, x, y)
+        now = defense.at(Moment(epoch, config.epochs, step, steps, lr / config.lr))
+        losses = take_step(now, nets, optimizers.values(), x, y)
         parts = {"total": losses.total, **losses.parts}
         seen.append({name: value.detach() for name, value in parts.items()})
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             _refuse_nan(seen, epoch)
         watcher.step(epoch, step + 1, steps)
+    with torch.no_grad():
+        now.after_epoch(nets)
     means = {name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]}
     seconds = time.perf_counter() - started
     return {"epoch": epoch, "lr": lr, "seconds": seconds, "losses": means}
@@ -334,6 +331,7 @@ def _state(
     nets: Nets,
     optimizers: dict[str, torch.optim.SGD],
     defense: Defense,
+    memory: Nets,
 ) -> dict[str, Any]:
     return {
         "epoch": progress.epoch,
@@ -342,6 +340,7 @@ def _state(
         "swa_best": progress.swa_best,
         "average": progress.average.state_dict(),
         "nets": {name: nets[name].state_dict() for name in defense.trained},
+        "memory": {name: module.state_dict() for name, module in memory.items()},
         "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
     }
 
@@ -351,6 +350,7 @@ def _restore(
     defense: Defense,
     nets: Nets,
     optimizers: dict[str, torch.optim.SGD],
+    memory: Nets,
 ) -> _Progress:
     progress = _Progress()
     if state is None:
@@ -362,4 +362,6 @@ def _restore(
     for name in defense.trained:
         nets[name].load_state_dict(state["nets"][name])
         optimizers[name].load_state_dict(state["optimizers"][name])
+    for name, module in memory.items():
+        module.load_state_dict(state["memory"][name])
     return progress

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.ascent import Start
@@ -48,5 +47,5 @@ class ARD(Adversarial):
         student, t = nets["student"], self.temperature
         target = clean_logits(nets["teacher"], x)
         distill = t * t * mean_over_classes(kl(target, student(x_adv), t), target)
-        natural = F.cross_entropy(student(x), y)
+        natural = self.label_loss(student(x), y)
         return Losses({"kl_teacher": self.alpha * distill, "ce": (1 - self.alpha) * natural})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.objectives import kl
@@ -65,7 +64,7 @@ class PeerAiD(Adversarial):
         peer_adv = peer(x_adv)
         for_peer = student(x_adv)
         peer_parts = {
-            "peer_ce": self.gamma1 * F.cross_entropy(peer_adv, y),
+            "peer_ce": self.gamma1 * self.label_loss(peer_adv, y),
             "peer_kl": self.gamma2 * self._kl(
                 for_peer.detach() if self.detach_student else for_peer,
                 peer_adv,
@@ -75,7 +74,7 @@ class PeerAiD(Adversarial):
         adv = student(x_adv)
         clean = student(x)
         student_parts = {
-            "student_ce": self.lambda1 * F.cross_entropy(adv, y),
+            "student_ce": self.lambda1 * self.label_loss(adv, y),
             "student_kl": self.lambda2 * self._kl(peer_adv.detach(), adv, self.temperature),
             "student_self": self.lambda3 * self._kl(
                 clean.detach() if self.detach_clean else clean, adv, self.temperature

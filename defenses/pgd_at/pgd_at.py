@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.ascent import Start
@@ -36,9 +34,8 @@ class PGDAT(Adversarial):
         return self.attack(student, x, lambda z: ce(student(z), y))
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
-        return Losses({"ce_adv": F.cross_entropy(nets["student"](x_adv), y)})
+        return Losses({"ce_adv": self.label_loss(nets["student"](x_adv), y)})
 
-    def after_step(self, nets: Nets, x: Tensor, y: Tensor) -> None:
+    def after_step(self, nets: Nets, x: Tensor, y: Tensor, losses: Losses) -> None:
         if self.extra_clean_forward:
-            with torch.no_grad():
-                nets["student"](x)
+            nets["student"](x)

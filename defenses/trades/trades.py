@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.objectives import kl
@@ -33,7 +32,7 @@ class TRADES(Adversarial):
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student = nets["student"]
-        natural = F.cross_entropy(student(x), y)
+        natural = self.label_loss(student(x), y)
         adv = student(x_adv)
         robust = kl(student(x), adv).mean()
         return Losses({"ce": natural, "kl": self.beta * robust})

@@ -35,7 +35,8 @@ def checked(
     for an unknown option and for a value of another type.
     """
     hints = get_type_hints(function)
-    known = [hint for hint in hints if hint not in ("threat", "return", "trained", "given")]
+    others = ("threat", "return", "trained", "given", "kind", "inner")
+    known = [hint for hint in hints if hint not in others]
     result = {}
     for option, value in options.items():
         if option not in known:

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from robench.attacks.base import Attack, Classifier, make_attack
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import Verdict, verify
-from robench.defenses.base import DEFENSES, Defense, Losses, Nets, make_defense
+from robench.defenses.base import (
+    DEFENSES,
+    Defense,
+    Losses,
+    Moment,
+    Nets,
+    make_defense,
+    options_of,
+    take_step,
+)
 
 CLASSES = 10
 # Large enough for every sound attack to fool the small network on most images.
@@ -126,10 +135,13 @@ def check_defense(
     """
     made = _make_defense(defense, threat, options)
     _check_round_trip(defense, made, threat)
-    nets = {
+    nets: dict[str, nn.Module] = {
         name: _network(shape, seed)
         for seed, name in enumerate([*made.trained, *made.given])
     }
+    memory = made.memory(nets, CLASSES)
+    _require(not memory.keys() & nets.keys(), "an entry of memory has the name of a network")
+    nets |= {name: module.eval().requires_grad_(False) for name, module in memory.items()}
     x = torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
     y = torch.arange(8) % CLASSES
     _check_craft(made, nets, x, y, threat)
@@ -157,23 +169,14 @@ def _check_steps(made: Defense, nets: Nets, x: Tensor, y: Tensor) -> None:
         net.zero_grad()
     before = {name: _copy(net.state_dict()) for name, net in nets.items()}
     optimizers = [torch.optim.SGD(nets[name].parameters(), lr=0.1) for name in made.trained]
-    for _ in range(2):
-        x_adv = made.craft(nets, x, y)
-
-        def objective(nets: Nets, x_adv: Tensor = x_adv) -> Losses:
-            return made.loss(nets, x, x_adv, y)
-
-        modes = [module.training for net in nets.values() for module in net.modules()]
-        with made.perturbed(nets, objective):
-            losses = objective(nets)
-            _check_losses(losses)
-            losses.total.backward()  # type: ignore[no-untyped-call]
+    modes = [module.training for net in nets.values() for module in net.modules()]
+    _check_losses(made.loss(nets, x, made.craft(nets, x, y), y))
+    for step in range(2):
+        take_step(made.at(Moment(0, 1, step, 2)), nets, optimizers, x, y)
         now = [module.training for net in nets.values() for module in net.modules()]
-        _require(now == modes, "loss changed the mode of a network")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        made.after_step(nets, x, y)
+        _require(now == modes, "a step changed the mode of a network")
+    with torch.no_grad():
+        made.after_epoch(nets)
 
     for name in made.given:
         _require(
@@ -215,10 +218,7 @@ def _check_round_trip(
     defense: str | type[Defense], made: Defense, threat: ThreatModel
 ) -> None:
     """A run folder keeps the options as JSON; they must build the same defense again."""
-    options = dataclasses.asdict(made)  # type: ignore[call-overload]
-    stored = json.loads(json.dumps(options))
-    if "threat" in stored:
-        threat = ThreatModel(**stored.pop("threat"))
+    stored = json.loads(json.dumps(options_of(made)))
     again = _make_defense(defense, threat, stored)
     _require(again == made, f"the options do not survive JSON: {made} became {again}")
 

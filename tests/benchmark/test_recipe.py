@@ -138,7 +138,7 @@ def test_recipes_name_what_exists():
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.description
-        assert recipe.defenses.keys() <= set(DEFENSES.names())
+        assert {base.partition("+")[0] for base in recipe.defenses} <= set(DEFENSES.names())
         for settings in (recipe, *recipe.datasets.values()):
             train_config(Settings(train={"epochs": 1}), dict(settings.train))
         for defense, method in recipe.defenses.items():
@@ -266,3 +266,12 @@ def test_peeraid(dataset, weights, curve, averaged):
 def test_defaults_of_the_configuration_are_those_of_the_recipes():
     assert TrainConfig(epochs=1).gamma == 0.1
     assert TrainConfig(epochs=1).select_steps == 10
+
+
+def test_a_wrapped_defense_has_the_settings_of_what_it_wraps_in_a_recipe_for_all():
+    plain, wrapped = (resolved("unified", name, "cifar100") for name in ("peeraid", "peeraid+awp"))
+    assert wrapped[0] == plain[0] and wrapped[3].inner == plain[3]
+    assert resolved("unified", "pgd-at+awp", "cifar10")[3].gamma == 0.01
+    assert resolved("unified", "trades+awp", "cifar10")[3].gamma == 0.005
+    with pytest.raises(UsageError, match="nowhere"):
+        settings_for("as-released", "rslad+awp", "cifar10")

@@ -99,7 +99,7 @@ class SetsModes(Sound):
 
 
 class ChangesTheTeacher(Sound):
-    def after_step(self, nets, x, y):
+    def after_step(self, nets, x, y, losses):
         with torch.no_grad():
             nets["teacher"][-1].bias += 1
 
@@ -124,7 +124,7 @@ class Tuples(Sound):
         (VectorLoss, "the part 'sum' of the loss is no finite scalar tensor"),
         (NaNLoss, "the part 'sum' of the loss is no finite scalar tensor"),
         (FloatPart, "the part 'ce' of the loss is no finite scalar tensor"),
-        (SetsModes, "loss changed the mode"),
+        (SetsModes, "a step changed the mode"),
         (ChangesTheTeacher, "teacher is given, but its parameters or buffers changed"),
         (IdlePeer, "peer is trained, but"),
         (Tuples, "do not survive JSON"),

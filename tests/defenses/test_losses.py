@@ -442,10 +442,12 @@ def test_pgd_at_extra_clean_forward_only_moves_the_running_statistics() -> None:
     """Section 2.1, Rice: a clean forward in train mode after the optimizer step."""
     defense, nets, (x, x_adv, y) = setup("pgd-at", extra_clean_forward=True)
     student, mine = nets["student"], copy.deepcopy(nets["student"])
-    defense.loss(nets, x, x_adv, y).total.backward()
+    losses = defense.loss(nets, x, x_adv, y)
+    losses.total.backward()
     grads = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
     params = {key: p.detach().clone() for key, p in student.named_parameters()}
-    defense.after_step(nets, x, y)
+    with torch.no_grad():
+        defense.after_step(nets, x, y, losses)
     mine(x_adv)
     mine(x)
     assert_buffers_close(student, mine, "student")
@@ -497,8 +499,9 @@ def test_batch_norm_updates_of_one_step(
 ) -> None:
     defense, nets, (x, _, y) = setup(name, **options)
     x_adv = defense.craft(nets, x, y)
-    defense.loss(nets, x, x_adv, y).total.backward()
-    defense.after_step(nets, x, y)
+    losses = defense.loss(nets, x, x_adv, y)
+    losses.total.backward()
+    defense.after_step(nets, x, y, losses)
     got = {key: bn_updates(net) for key, net in nets.items()}
     assert got == counts | {key: 0 for key in defense.given}
 
