@@ -48,6 +48,16 @@ class WeightAverage:
 
 
 @torch.no_grad()
+def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) net, buffers too; whole numbers are copied."""
+    for old, new in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
+
+
+@torch.no_grad()
 def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace running statistics by their exact mean over `batches` of images (N, C, H, W).
 
