@@ -5,8 +5,8 @@ which grows from layer to layer by the reach of the kernels. `Local` keeps the a
 known images and computes these windows alone, up to the layer where they cover so much of the
 map that it pays no longer; the rest of the network, the tail, runs as it is.
 
-It is a cache: every known image that comes in is compared with the one that the activations
-belong to, so that no caller can make it wrong.
+A known image has a name: whose it is, and how often it has been replaced by a proposal. The
+activations of one image become those of the next by the windows that were computed for it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ class _Look:
 
     Attributes:
         row: of each unit's place in the cache.
-        at: the places of the windows. pixels, values: the squares and the windows.
+        at: the places of the windows. values: the windows.
     """
 
     row: dict[int, int]
     at: list[Place]
-    pixels: Tensor
     values: dict[fx.Node, Tensor]
 
 
@@ -69,56 +68,64 @@ class Local:
         self._looks: dict[int, _Look] = {}
         self._slots: dict[int, int] = {}  # of the units, in the tensors below
         self._sizes: list[int] = []  # of the squares for which a slot holds what is needed
-        self._images: Tensor | None = None
+        self._versions: list[int] = []  # of the image whose maps a slot holds
         self._maps: dict[fx.Node, Tensor] = {}
         self._margins = {node: margin_of(model, node) for node in model.graph.nodes}
         deep = self._plan(1)
         values = sum(math.prod(self._padded(node)) for node in deep.kept) if deep else 0
-        size = values * sample.element_size() + 8 * sample[0].numel()
+        size = max(1, values * sample.element_size())
         self._most = 1 << (MEMORY // size).bit_length() >> 1  # places come in powers of 2
 
     def saves(self, size: int, units: int) -> bool:
         """Whether squares of that size in that many images are worth the effort."""
         plan = self._plan(size)
         work = self._dense * units
-        return plan is not None and plan.cost(units, self._dtype.itemsize) <= PAYS * work
+        return plan is not None and plan.cost(units) <= PAYS * work
 
     def logits(
-        self, keys: Tensor, base: Tensor, proposal: Tensor, top: Tensor, left: Tensor,
-        size: Tensor,
+        self, keys: Tensor, version: Tensor, proposal: Tensor, base: Tensor, top: Tensor,
+        left: Tensor, size: Tensor,
     ) -> Tensor:
         """Logits (N, K) of `proposal`, in the network's type.
 
         Args:
             keys: (N,) int64 names of the units.
-            base, proposal: (N, C, H, W) equal outside of the squares.
+            version: (N,) how many of its proposals a unit has taken over. Two images of one name
+                and version are the same.
+            proposal, base: (N, C, H, W) equal outside of the squares.
             top, left, size: (N,) the squares: rows from `top`, columns from `left` on, inside of
                 the image. Of size 0: none is known.
         """
-        names, sizes = keys.tolist(), size.tolist()
+        names, versions, sizes = torch.stack([keys, version, size]).tolist()
         same = tuple(proposal.shape[1:]) == shape_of(self._image)[1:]
         saves = {s for s, n in Counter(sizes).items() if same and self.saves(s, n)}
+        looks, self._looks = self._looks, {}
+        if not saves:
+            return self._dense_logits(proposal)
         slots = self._take([key if s in saves else None
                             for key, s in zip(names, sizes, strict=True)])
         groups: dict[int, list[int]] = {}
         for row, (slot, s) in enumerate(zip(slots, sizes, strict=True)):
             groups.setdefault(0 if slot < 0 else s, []).append(row)
-        looks, self._looks = self._looks, {}
         parts: list[Tensor] = []
         for s, rows in groups.items():
             pick = slice(None) if len(groups) == 1 else torch.tensor(rows)
             if s == 0:
-                parts.append(self._model(self._prepared(proposal[pick])))
+                parts.append(self._dense_logits(proposal[pick]))
                 continue
             plan = self._plan(s)
             assert plan is not None
             places = [slots[row] for row in rows]
-            self._refresh(plan, places, base[pick], looks.get(s))
+            self._refresh(plan, places, [versions[row] for row in rows], base[pick], looks.get(s))
             parts.append(self._look(plan, places, proposal[pick], top[pick], left[pick]))
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([row for rows in groups.values() for row in rows])
         return torch.cat(parts)[order.argsort()]
+
+    def _dense_logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._model(self._prepared(x))
+        return logits
 
     def _plan(self, size: int) -> Plan | None:
         """The cheapest plan for a batch of 32, or None."""
@@ -126,7 +133,7 @@ class Local:
             fits = self._fits and 0 < size <= min(shape_of(self._image)[2:])
             plans = [Plan(self._model, size, limit) for limit in LIMITS] if fits else []
             plans = [plan for plan in plans if len(plan.layers) > 1]
-            self._plans[size] = min(plans, key=lambda plan: plan.cost(32, 4), default=None)
+            self._plans[size] = min(plans, key=lambda plan: plan.cost(32), default=None)
         return self._plans[size]
 
     def _prepared(self, x: Tensor) -> Tensor:
@@ -153,6 +160,7 @@ class Local:
         """A new place, or that of a unit which is not in the batch."""
         if len(self._sizes) < self._most:
             self._sizes.append(0)
+            self._versions.append(0)
             return len(self._sizes) - 1
         old = next(gone, None)
         if old is None:
@@ -173,46 +181,35 @@ class Local:
 
     # What is known
 
-    def _refresh(self, plan: Plan, slots: list[int], base: Tensor, last: _Look | None) -> None:
+    def _refresh(
+        self, plan: Plan, slots: list[int], versions: list[int], base: Tensor, last: _Look | None
+    ) -> None:
         """Make the places hold the maps of `base`."""
-        self._images = _grown(self._images, len(self._sizes), base.shape[1:], base.dtype)
-        known = _rows(self._images, slots).eq(base).flatten(1).all(1).tolist()
-        fits = [self._sizes[slot] == plan.size for slot in slots]
-        changed = [row for row, (k, f) in enumerate(zip(known, fits, strict=True)) if f and not k]
-        stale = [row for row, f in enumerate(fits) if not f]
-        if changed:
-            stale += self._commit(plan, [(row, slots[row]) for row in changed], base, last)
+        stale: list[int] = []
+        taken: list[int] = []
+        for row, (slot, version) in enumerate(zip(slots, versions, strict=True)):
+            ahead = version - self._versions[slot]
+            if self._sizes[slot] != plan.size or ahead not in (0, 1):
+                stale.append(row)
+            elif ahead:
+                (taken if last is not None and slot in last.row else stale).append(row)
+            self._versions[slot] = version
+        if last is not None and taken:
+            self._commit(plan, [slots[row] for row in taken], last)
         if stale:
-            self._fill(plan, [slots[row] for row in stale], base[torch.tensor(stale)])
+            rows = slice(None) if len(stale) == len(slots) else torch.tensor(stale)
+            self._fill(plan, [slots[row] for row in stale], base[rows])
 
-    def _commit(
-        self, plan: Plan, units: list[tuple[int, int]], base: Tensor, last: _Look | None
-    ) -> list[int]:
-        """Take over the squares of the last call that were accepted. Returns the other rows."""
-        seen = [(row, slot) for row, slot in units if last is not None and slot in last.row]
-        others = [row for row, slot in units if last is None or slot not in last.row]
-        if not seen or last is None:
-            return others
-        rows, slots = torch.tensor(seen).unbind(1)
-        before = torch.tensor([last.row[slot] for _, slot in seen])
-        top, left = last.at[plan.place[self._image]]
-        assert self._images is not None
-        images = self._images[slots]
-        _put(images, last.pixels[before], torch.arange(len(seen)), top[before], left[before])
-        taken = images.eq(base[rows]).flatten(1).all(1)
-        others += rows[~taken].tolist()
-        slots, before = slots[taken], before[taken]
-        self._images[slots] = images[taken]
+    def _commit(self, plan: Plan, slots: list[int], last: _Look) -> None:
+        """Take over the squares of the last call that these units accepted."""
+        places, before = torch.tensor(slots), torch.tensor([last.row[slot] for slot in slots])
         for node in plan.kept:
             top, left = last.at[plan.place[node]]
             margin, values = self._margins[node], last.values[node][before]
-            _put(self._map(node), values, slots, top[before] + margin, left[before] + margin)
-        return others
+            _put(self._map(node), values, places, top[before] + margin, left[before] + margin)
 
     def _fill(self, plan: Plan, slots: list[int], base: Tensor) -> None:
         places = torch.tensor(slots)
-        assert self._images is not None
-        self._images[places] = base
         for node, values in zip(plan.kept, plan.fill(self._prepared(base)), strict=True):
             _inner(self._map(node), self._margins[node])[places] = values
         for slot in slots:
@@ -248,7 +245,7 @@ class Local:
             values[node] = run([part(read) for read in reads])
         kept = {node: values[node] for node in plan.kept}
         place = {slot: row for row, slot in enumerate(slots)}
-        self._looks[plan.size] = _Look(place, at, pixels, kept)
+        self._looks[plan.size] = _Look(place, at, kept)
         logits: Tensor = plan.tail(*map(whole, plan.frontier))
         return logits
 
@@ -277,11 +274,6 @@ def _put(maps: Tensor, values: Tensor, rows: Tensor, top: Tensor, left: Tensor) 
 def _inner(maps: Tensor, margin: int) -> Tensor:
     h, w = maps.shape[2:]
     return maps[:, :, margin : h - margin, margin : w - margin]
-
-
-def _rows(maps: Tensor, slots: Sequence[int]) -> Tensor:
-    """The maps in these places; a view where it can be one."""
-    return maps[: len(slots)] if _in_order(slots) else maps[torch.tensor(slots)]
 
 
 def _in_order(slots: Sequence[int]) -> bool:

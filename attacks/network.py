@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
 
 from robench.attacks.base import Classifier, frozen, memory_format
+from robench.attacks.folding import close, folded, in_bf16, look, repeats
+from robench.attacks.fused import fused
 from robench.attacks.local import Local
 from robench.attacks.verify import full_precision
+from robench.attacks.windows import separate
 
 Objective = Callable[[Tensor], Tensor]  # logits (N, K) -> one number per image (N,)
 Precision = Literal["exact", "bf16", "ieee"]
@@ -49,8 +49,10 @@ class Network:
             self._model, self.prepared = _prepared(model, sample)
             if precision == "bf16":
                 copied = self._model if self._model is not model else copy.deepcopy(model)
-                self._model, self._dtype = _in_bf16(copied, sample), torch.bfloat16
+                self._model, self._dtype = in_bf16(copied, sample), torch.bfloat16
                 self.prepared += ", bf16"
+            if isinstance(self._model, fx.GraphModule) and separate(self._model):
+                self._model = _fused(self._model, sample.to(self._dtype or sample.dtype))
         self._format = memory_format(self._model)
         self._sample = sample[:1].to(self._dtype or sample.dtype)
         self._local: Local | None = None
@@ -61,8 +63,8 @@ class Network:
             return self._logits(self._chunks(x), len(x), x.dtype)
 
     def near(
-        self, keys: Tensor, base: Tensor, proposal: Tensor, top: Tensor, left: Tensor,
-        size: Tensor,
+        self, keys: Tensor, version: Tensor, proposal: Tensor, base: Tensor, top: Tensor,
+        left: Tensor, size: Tensor,
     ) -> Tensor:
         """logits(proposal), for less work where it differs in a small square from known images.
 
@@ -74,7 +76,7 @@ class Network:
             self._local = Local(self._model, self._sample)
         self.forwards += len(proposal)
         with torch.no_grad():
-            logits = self._local.logits(keys, base, proposal, top, left, size)
+            logits = self._local.logits(keys, version, proposal, base, top, left, size)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,79 +155,38 @@ def _micro_batches(x: Tensor) -> Iterator[Tensor]:
 def _prepared(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
     """A faster network with the same logits and gradients, or the model itself."""
     with frozen(model), full_precision():
-        wanted = _look(model, sample)
+        wanted = look(model, sample)
         # Tracing would freeze one draw of a randomized network, which flatters it.
-        with torch.no_grad():
-            again = [model(sample) for _ in range(8)]
-        if not all(_close(logits, wanted[0], 1e-4) for logits in again):
+        if not repeats(model, sample, wanted[0]):
             return model, "as it is: randomized"
         for name, prepare in (("batch-norm folded, channels_last", _folded),
                               ("channels_last", copy.deepcopy)):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    net = prepare(model).eval().requires_grad_(False)
+                net = prepare(model).eval().requires_grad_(False)
                 net = net.to(memory_format=torch.channels_last)
-                got = _look(net, sample.contiguous(memory_format=torch.channels_last))
+                got = look(net, sample.contiguous(memory_format=torch.channels_last))
             except Exception:  # control flow that fx cannot trace, modules that cannot be copied
                 continue
-            if _close(got[0], wanted[0], 1e-4) and _close(got[1], wanted[1], 1e-2):
+            if close(got[0], wanted[0], 1e-4) and close(got[1], wanted[1], 1e-2):
                 return net, name
     return model, "as it is"
 
 
+def _fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
+    """The network with fused kernels where they give the same logits and gradients."""
+    sample = sample.contiguous(memory_format=torch.channels_last)
+    tolerance = 5e-2 if sample.dtype == torch.bfloat16 else 1e-4
+    try:
+        made = fused(copy.deepcopy(model), sample)
+        pairs = zip(look(made, sample), look(model, sample), strict=True)
+        same = all(close(got, wanted, tolerance) for got, wanted in pairs)
+    except Exception:  # a torch without these kernels
+        return model
+    return made if same else model
+
+
 def _folded(model: nn.Module) -> nn.Module:
-    traced: nn.Module = fuse(model)
-    if sum(1 for _ in _norms(traced)) == sum(1 for _ in _norms(model)):
+    traced, folds = folded(model)
+    if not folds:
         raise ValueError("nothing to fold")
     return traced
-
-
-def _norms(net: nn.Module) -> Iterator[nn.Module]:
-    used = {node.target for node in net.graph.nodes} if isinstance(net, fx.GraphModule) else None
-    for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and (used is None or name in used):
-            yield module
-
-
-def _look(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of the largest one. The gradient shows what logits hide."""
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = net(x)
-        top = logits.amax(1).sum()
-        grad = torch.autograd.grad(top, x, allow_unused=True)[0] if top.requires_grad else None
-    return logits.detach(), torch.zeros_like(x) if grad is None else grad
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Equal up to rounding. A ReLU at its kink may flip, which a gradient shows: hence norms."""
-    return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
-
-
-class _LastLinear(nn.Module):
-    """A linear layer in float32 behind a network in bfloat16: bf16 logits would be too coarse."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features.float(), self.linear.weight, self.linear.bias)
-
-
-def _in_bf16(net: nn.Module, sample: Tensor) -> nn.Module:
-    """The network itself, converted, but for its last linear layer."""
-    last = next((name for name, module in reversed(list(net.named_modules()))
-                 if isinstance(module, nn.Linear)), None)
-    exact = None if last is None else copy.deepcopy(net.get_submodule(last)).float()
-    net = net.eval().requires_grad_(False).bfloat16()
-    if last is not None and isinstance(exact, nn.Linear):
-        rounded = net.get_submodule(last)
-        net.set_submodule(last, _LastLinear(exact.requires_grad_(False)))
-        try:
-            with torch.no_grad():
-                net(sample.bfloat16())
-        except Exception:  # what follows that layer wants bfloat16
-            net.set_submodule(last, rounded)
-    return net

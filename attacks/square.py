@@ -87,14 +87,13 @@ class Square(OneStage):
         start = self._stripes(units) if self.threat.norm == "Linf" else self._grid(units)
         high, low = words(units.keys, 1, 2).unbind(1)
         return {"x_adv": start, "margin": torch.full_like(units.bar, -torch.inf),
-                "seed": (high << 32) | low}
+                "seed": (high << 32) | low, "taken": torch.zeros_like(units.step)}
 
     def step(self, net: Network, units: Units) -> Step:
         state = units.state
         if self.threat.norm == "Linf":
             proposal, *square = self._square(units)
-            names = units.image << 32 | units.number
-            logits = net.near(names, state["x_adv"], proposal, *square)
+            logits = net.near(state["seed"], state["taken"], proposal, state["x_adv"], *square)
         else:
             proposal = self._windows(units)
             logits = net.logits(proposal)
@@ -103,6 +102,7 @@ class Square(OneStage):
         # lerp with weights 0 and 1 copies exactly and is faster than where.
         accept = better[:, None, None, None].to(proposal.dtype)
         state["x_adv"] = torch.lerp(state["x_adv"], proposal, accept)
+        state["taken"] = state["taken"] + better
         state["margin"] = torch.where(better, margin, state["margin"])
         return Step(proposal, margin)
 

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from robench.attacks.fused import Fused
+
 # Used where the estimated work is at most this share of the whole network's. Work is counted in
 # float32 multiplications: those of the layers, and what it costs to move a value and, per batch
 # and thread, to cut a window out, with all that goes with it. Measured on an AMD EPYC.
-PAYS = 0.8
-_MOVED, _CALLED = 100, 25_000_000
+PAYS = 0.85
+_MOVED, _CALLED = 40, 15_000_000
 LIMITS = (0.2, 0.35, 0.5, 0.65, 0.8)  # shares of the map among which a plan has the choice
 
 _FUNCTIONS = {
@@ -171,10 +173,9 @@ class Plan:
     def tail(self) -> fx.GraphModule:
         return _tail(self._model, self.layers, self.frontier)
 
-    def cost(self, units: int, element: int) -> int:
-        """Work for a batch of that many units, for values of so many bytes."""
-        calls = self.calls * _CALLED * torch.get_num_threads()
-        return units * self.work + calls * 4 // element
+    def cost(self, units: int) -> int:
+        """Work for a batch of that many units."""
+        return units * self.work + self.calls * _CALLED * torch.get_num_threads()
 
     def places(self, top: Tensor, left: Tensor) -> list[Place]:
         """Where all windows lie, for squares at (N,)."""
@@ -210,9 +211,8 @@ def _layer(
     if not sources or len(shape_of(node)) != 4:
         return None
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        return None if isinstance(module.padding, str) else _convolution(
-            module, sources[0], layers[sources[0]].window, shape_of(node))
+    if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, Fused):
+        return _convolution(module, node, layers)
     if not _pointwise(model, node, layers):
         return None
     spans = zip(*(layers[source].window for source in sources), strict=True)
@@ -223,12 +223,27 @@ def _layer(
 
 
 def _convolution(
-    conv: nn.Conv2d, source: fx.Node, changed: Window, shape: Sequence[int]
-) -> Layer:
-    rows, columns = (span.reached(conv, i, shape[2 + i]) for i, span in enumerate(changed))
+    conv: nn.Conv2d, node: fx.Node, layers: dict[fx.Node, Layer]
+) -> Layer | None:
+    """conv(x), or with an addend: its window then covers the addend's, too."""
+    source, *others = (value for value in node.args if isinstance(value, fx.Node))
+    if (conv.padding_mode != "zeros" or isinstance(conv.padding, str)
+            or any(value not in layers for value in (source, *others))):
+        return None
+    lengths = shape_of(node)[2:]
+    reached = [span.reached(conv, axis, lengths[axis])
+               for axis, span in enumerate(layers[source].window)]
+    rows, columns = (
+        Span.hull([span, *(layers[other].window[axis] for other in others)], lengths[axis])
+        for axis, span in enumerate(reached))
     part = rows.read(conv, 0), columns.read(conv, 1)
+    reads = ((source, part), *((other, (rows, columns)) for other in others))
+    if isinstance(conv, Fused):
+        fused = conv
+        return Layer((rows, columns), reads, lambda parts: fused.run(
+            parts[0], parts[1] if others else None, (0, 0)))
     weight, bias, stride, dilation = conv.weight, conv.bias, conv.stride, conv.dilation
-    return Layer((rows, columns), ((source, part),), lambda parts: F.conv2d(
+    return Layer((rows, columns), reads, lambda parts: F.conv2d(
         parts[0], weight, bias, stride, 0, dilation, conv.groups))
 
 

@@ -14,6 +14,7 @@ from robench.attacks.threat import ThreatModel
 from robench.benchmark.checkpoints import CellFolder, Header, load_checkpoint, weights_sha256
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
+from robench.benchmark.logs import Run, Several, TrainingCsv, find_watcher, start_watcher
 from robench.benchmark.models import source_hash
 from robench.benchmark.progress import EpochWatcher, Reporter
 from robench.benchmark.recipe import (
@@ -28,7 +29,9 @@ from robench.benchmark.recipe import (
 from robench.benchmark.sources import Network
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.defenses.base import DEFENSES, Defense, make_defense, options_of
-from robench.defenses.trainer import EpochLog, TrainConfig, TrainingFailed, fit
+from robench.defenses.config import TrainConfig
+from robench.defenses.history import EpochLog, catastrophic_epoch, robust_overfitting
+from robench.defenses.trainer import TrainingFailed, fit
 from robench.errors import UsageError
 from robench.randomness import seeded
 
@@ -45,6 +48,7 @@ class Cell:
     teachers: Mapping[str, Cell | Network]
     header: Header
     baseline: bool = False
+    logs: tuple[str, ...] = ()  # of --log
 
     @property
     def label(self) -> str:
@@ -58,9 +62,7 @@ class Cell:
     def others(self) -> tuple[str, ...]:
         """The checkpoints that are kept and measured, but are no rows of the leaderboard."""
         partners = tuple(name for name in self.defense.trained if name != "student")
-        unranked = tuple(n for n in ("last", "swa-last") if n not in self.ranked)
-        averaged = self.spec.train.swa_start is not None
-        return tuple(n for n in unranked if averaged or n == "last") + partners
+        return self.spec.train.unranked + partners
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ class Cell:
         path = self.folder / "done.json"
         try:
             content = json.loads(path.read_text())
-            return Result(content["seconds"], [EpochLog(**log) for log in content["history"]])
+            return Result(content["seconds"], [EpochLog.read(log) for log in content["history"]])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -113,6 +115,16 @@ class Result:
     seconds: float
     history: list[EpochLog] = field(default_factory=list)
 
+    @property
+    def robust_overfitting(self) -> float | None:
+        """Best minus last robust accuracy on the selection split, in [0, 1]."""
+        return robust_overfitting(self.history)
+
+    @property
+    def catastrophic_epoch(self) -> int | None:
+        """The epoch of the first catastrophic overfitting, 0-based."""
+        return catastrophic_epoch(self.history)
+
 
 def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list[Cell], list[Cell]]:
     """(cells to train in order, teachers first; those among them that are rows).
@@ -126,6 +138,8 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
         raise UsageError("name at least one --defense")
     for name in spec.options:
         _ = DEFENSES[name.partition("+")[0]]  # raises for an unknown one
+    for name in spec.logs:
+        find_watcher(name)
     rows = [planner.cell(name, seed, baseline=name in baselines)
             for name in names for seed in dict.fromkeys(spec.seeds)]
     return list(planner.cells.values()), rows
@@ -204,6 +218,7 @@ class _Planner:
             teachers=teachers,
             header=header,
             baseline=baseline,
+            logs=spec.logs,
         )
         if key not in self.cells or baseline:
             self.cells[key] = cell
@@ -237,13 +252,18 @@ class _Planner:
             if {**settings.train, **overrides}.get("select") == "test":
                 overrides["select"] = "val"  # the test set may be large
         config, n = train_config(settings, overrides), len(self.dataset.train)
+        if config.select == "test" and settings.train.get("select") != "test":
+            raise UsageError("train.select: test is for recipes that repeat a paper which did so, "
+                             f"{self.spec.recipe!r} does not here: use val or last")
         if config.select == "val" and not config.validation:
             raise UsageError("select: val needs validation images: set train.validation above 0")
         if config.validation >= n:
             raise UsageError(f"train.validation: cannot hold out {config.validation} of {n} images")
-        if config.swa_start is not None and not config.averages(config.epochs - 1):
-            raise UsageError(f"train.swa_start: {config.epochs} epochs end before epoch "
-                             f"{config.swa_start:g}; add --set swa_start=0.5, or null for no SWA")
+        for name, start in config.starts.items():
+            if start >= config.epochs:
+                off = "swa_start" if name == "swa" else name
+                raise UsageError(f"train.{name}_start: {config.epochs} epochs end before epoch "
+                                 f"{start}; add --set {name}_start=0.5, or {off}=null for none")
         return config
 
 
@@ -268,8 +288,15 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
         with seeded(seed, "init", name):
             nets[name] = cell.header.build().to(device)
     keeper = cell.keeper(device)
-    keeper.write_json("spec.json", cell.spec.model_dump(mode="json"))
+    run = Run(cell.spec.key(), cell.label, cell.folder, cell.spec.model_dump(mode="json"))
+    keeper.write_json("spec.json", run.settings)
     with reporter.task(f"train {cell.label}") as update:
+        watcher = Several([
+            EpochWatcher(update, config.epochs, len(data),
+                         lambda text: reporter.warn(f"{cell.label}: {text}")),
+            TrainingCsv(cell.folder / "training.csv"),
+            *(start_watcher(name, run) for name in cell.logs),
+        ])
         history = fit(
             cell.defense,
             nets,
@@ -281,7 +308,7 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
                                                       selection.y.to(device)),
             augment=dataset.augment,
             seed=seed,
-            watcher=EpochWatcher(update, config.epochs),
+            watcher=watcher,
         )
     result = Result(sum(log.seconds for log in history), history)
     keeper.write_json("done.json", {"seconds": result.seconds,

@@ -80,6 +80,9 @@ Examples:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="A training setting (lr=0.05) or a method's option (trades.beta=3).")
 @click.option("--train-limit", type=int, metavar="N", help="Train on N images only.")
+@click.option("--log", "logs", multiple=True, metavar="NAME",
+              help="Repeatable: tensorboard, mlflow, wandb or package.module:Class. Each cell has "
+              "its training.csv in any case.")
 @click.option("--teacher", metavar="WHAT", help="A checkpoint, module:factory or robustbench:NAME "
               "instead of a trained teacher.")
 @click.option("--jobs", type=int, metavar="N",
@@ -245,6 +248,43 @@ def attack(
         threads=threads, train_steps=train_steps, zoo=zoo, quiet=quiet,
     ), nl=False)
     click.echo(f"wrote {spec.out}/speed.md and .csv", err=True)
+
+
+@speed.command(params=[parameter for parameter in _of_eval() if parameter.name != "zoo"], epilog="""\b
+Examples:
+  robench speed train --model small-resnet --threads 1
+  robench speed train --defense trades --dataset cifar10 --data-root data --steps 20
+""")
+@click.option("--defense", "defenses", multiple=True, metavar="NAME",
+              help="Repeatable.  [default: pgd-at, trades, rslad, peeraid]")
+@click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True,
+              metavar="N", help="Of the training.")
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
+              help="Of each implementation in each repeat.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
+              help="Runs of each implementation, in turn.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of torch.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where speed-train.md and .csv go.  [default: runs/speed]")
+def train(
+    batch_size: int, steps: int, repeats: int, threads: int | None, seed: int | None, quiet: bool,
+    **given: Any,
+) -> None:
+    """Time trainings, of resnet18 if not told otherwise, here and in a plain loop.
+
+    On random images unless a --dataset is named.
+    """
+    values = {"out": Path("runs/speed"), **_values(given)}
+    if seed is not None:
+        values["seeds"] = (seed,)
+
+    from robench.benchmark.spec import RunSpec
+    from robench.benchmark.speed_train import speed_train
+
+    spec = RunSpec.create(values)
+    click.echo(speed_train(spec, batch_size=batch_size, steps=steps, repeats=repeats,
+                           threads=threads, quiet=quiet), nl=False)
+    click.echo(f"wrote {spec.out}/speed-train.md and .csv", err=True)
 
 
 @cli.command(epilog="""\b

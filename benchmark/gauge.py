@@ -1,4 +1,4 @@
-"""What speed is measured with: passes, the time of one, and memory."""
+"""What speed is measured with: turns, passes, the time of one, and memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,38 @@ from robench.attacks.network import Network
 
 SAMPLE_EVERY = 0.005  # seconds between two looks at the memory
 TIMED_PASSES = 3
+
+
+class Spread(NamedTuple):
+    """Of several runs."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def rotating(contenders: int, repeats: int) -> Iterator[int]:
+    """Whose turn it is: every repeat has all contenders, and begins with another one."""
+    for repeat in range(repeats):
+        yield from ((repeat + k) % contenders for k in range(contenders))
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[None]:
+    """So many of torch's threads inside; None: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Counter(nn.Module):

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from typing import Any
@@ -140,18 +140,52 @@ class Remote(Reporter):
 
 
 class EpochWatcher(Watcher):
-    """Shows a training run in a task."""
+    """Shows a training run in a task: speed, losses, and the accuracies of the last epoch.
 
-    def __init__(self, update: Update, epochs: int) -> None:
-        self.update, self.epochs, self.text = update, epochs, ""
+    images: in an epoch.
+    """
+
+    def __init__(
+        self, update: Update, epochs: int, images: int, warn: Callable[[str], None]
+    ) -> None:
+        self._update, self._epochs, self._images, self._warn = update, epochs, images, warn
+        self._losses = self._accuracies = ""
+        self._began = time.monotonic()
+
+    def begin(self, history: Sequence[EpochLog]) -> None:
+        self._began = time.monotonic()
+        if history:
+            self._accuracies = _accuracies(history[-1])
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        self.update((epoch + step / steps) / self.epochs, self.text)
+        done = step / steps
+        speed = done * self._images / max(time.monotonic() - self._began, 1e-6)
+        self._show(epoch, epoch + done, f"{speed:.0f} images/s")
+
+    def losses(self, means: Mapping[str, float]) -> None:
+        self._losses = _losses(means)
 
     def epoch(self, log: EpochLog) -> None:
-        parts = [f"epoch {log.epoch + 1}/{self.epochs}", f"loss {log.losses['total']:.3f}"]
-        for name, value in (("clean", log.clean), ("pgd", log.robust), ("swa pgd", log.swa_robust)):
-            if value is not None:
-                parts.append(f"{name} {value:.1%}")
-        self.text = "  ".join(parts)
-        self.update((log.epoch + 1) / self.epochs, self.text)
+        self._losses, self._accuracies = _losses(log.losses), _accuracies(log)
+        self._show(log.epoch, log.epoch + 1, f"{log.images_per_second:.0f} images/s")
+        self._began = time.monotonic()
+
+    def warn(self, text: str) -> None:
+        self._warn(text)
+
+    def _show(self, epoch: int, done: float, speed: str) -> None:
+        parts = (f"epoch {epoch + 1}/{self._epochs}", speed, self._losses, self._accuracies)
+        self._update(done / self._epochs, "  ".join(part for part in parts if part))
+
+
+def _losses(means: Mapping[str, float]) -> str:
+    """The total, and its parts if there are several."""
+    parts = {name: value for name, value in means.items() if name != "total"}
+    text = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    return f"loss {means['total']:.3f}" + (f" ({text})" if len(parts) > 1 else "")
+
+
+def _accuracies(log: EpochLog) -> str:
+    values = {"clean": log.clean, "pgd": log.robust}
+    values |= {f"{name} pgd": robust for name, (_, robust) in log.averages.items()}
+    return "  ".join(f"{name} {value:.1%}" for name, value in values.items() if value is not None)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from robench.defenses.trainer import TrainConfig
+from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 from robench.registry import unknown
 

@@ -17,7 +17,7 @@ from robench.attacks.base import Attack, make_attack
 from robench.attacks.network import Precision
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.recipe import ModelSpec, explain
-from robench.defenses.trainer import TrainConfig
+from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 
 
@@ -106,6 +106,7 @@ class RunSpec(BaseModel):
         batch_size: images attacked at a time; None chooses by the device's memory.
         precision: of the search for adversarial examples, see `robench.attacks.network`.
         keep_examples: write the adversarial examples beside the records.
+        logs: watchers of the trainings beside training.csv, see `benchmark.logs`.
         jobs: processes that share the work; each gets its share of the cores.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
@@ -132,6 +133,7 @@ class RunSpec(BaseModel):
     batch_size: int | None = Field(default=None, ge=1)
     precision: Precision = "exact"
     keep_examples: bool = False
+    logs: tuple[str, ...] = ()
     jobs: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False
@@ -144,7 +146,7 @@ class RunSpec(BaseModel):
         return tuple(AttackSpec.parse(item) if isinstance(item, str) else item for item in value)
 
     # The last validator is the first to run.
-    @field_validator("defenses", "baselines", "seeds", "attacks", mode="before")
+    @field_validator("defenses", "baselines", "seeds", "attacks", "logs", mode="before")
     @classmethod
     def _one_is_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, int, dict, AttackSpec)) else value
@@ -182,7 +184,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 # A file may name what is repeatable on the command line as it is named there.
-_PLURALS = {"defense": "defenses", "baseline": "baselines", "attack": "attacks", "seed": "seeds"}
+_PLURALS = {"defense": "defenses", "baseline": "baselines", "attack": "attacks", "seed": "seeds",
+            "log": "logs"}
+
+# Settings that came when there were trained networks already, and the value that means what was
+# done before: with it a cell keeps its name.
+_LATER: dict[str, dict[str, Any]] = {
+    "train": {"optimizer": "sgd", "beta2": 0.999, "clip": None, "precision": "fp32",
+              "schedule": "multistep", "pct_start": 0.3, "warmup": 0.0, "ema": None,
+              "ema_start": 0.0},
+    "options": {"label_smoothing": 0.0},
+}
 
 
 class CellSpec(BaseModel):
@@ -208,7 +220,11 @@ class CellSpec(BaseModel):
 
     def key(self) -> str:
         """The name of the cell's folder."""
-        return digest(self.model_dump(mode="json", exclude={"notes"}))
+        content = self.model_dump(mode="json", exclude={"notes"})
+        for group, later in _LATER.items():
+            content[group] = {name: value for name, value in content[group].items()
+                              if name not in later or value != later[name]}
+        return digest(content)
 
 
 def check_attacks(attacks: Sequence[AttackSpec], threat: ThreatModel) -> None:

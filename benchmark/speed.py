@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,16 @@ from robench.attacks.search import Pooled, Search
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.data import Images
 from robench.benchmark.evaluate import BATCH, Flags, Target
-from robench.benchmark.gauge import Counter, PassTime, PeakMemory, time_passes, wait
+from robench.benchmark.gauge import (
+    Counter,
+    PassTime,
+    PeakMemory,
+    Spread,
+    rotating,
+    time_passes,
+    using_threads,
+    wait,
+)
 from robench.benchmark.matrix import Matrix
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
@@ -43,18 +51,6 @@ from robench.reports.text import NOTHING, Board, Cell, Column, markdown
 TASKS = ("autoattack", "pgd-20")
 LIMIT = 32
 TRAIN_BATCH = 64
-
-
-class Spread(NamedTuple):
-    """Of several runs."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def speed_attack(
     matrix = Matrix(spec, Reporter(quiet=quiet))
     _check_library(task, matrix.threat)
     data = matrix.test.take(min(spec.limit or LIMIT, len(matrix.test)))
-    with _threads(threads):
+    with using_threads(threads):
         if not sources:
             sources = _trained(spec, train_steps, matrix.reporter)
         boards, rows, text = list[Board](), list[dict[str, Any]](), ""
@@ -262,12 +258,6 @@ class _Case:
         return Contender(name, run, size, plain.prepared, passes)
 
 
-def rotating(contenders: int, repeats: int) -> Iterator[int]:
-    """Whose turn it is: every repeat has all contenders, and begins with another one."""
-    for repeat in range(repeats):
-        yield from ((repeat + k) % contenders for k in range(contenders))
-
-
 def _evaluation(
     attack: Attack, model: nn.Module, x: Tensor, y: Tensor, size: int, seed: int
 ) -> Tensor:
@@ -279,16 +269,6 @@ def _evaluation(
             with torch.no_grad(), frozen(model):
                 model(parts[-1])
     return torch.cat(parts)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_library(task: str, threat: ThreatModel) -> None:
@@ -333,13 +313,10 @@ def _board(title: str, lines: Sequence[Line], facts: Sequence[str]) -> Board:
     def column(title: str, text: Callable[[Line], str], words: bool = False) -> Column:
         return Column(title, tuple(Cell(text(line)) for line in lines), words)
 
-    def spread(values: Spread) -> str:
-        return f"{values.median:.3g} ({values.low:.3g} to {values.high:.3g})"
-
     columns = (
         column("Implementation", lambda line: line.contender, words=True),
-        column("Seconds", lambda line: spread(line.seconds)),
-        column("Ratio", lambda line: spread(line.ratio)),
+        column("Seconds", lambda line: str(line.seconds)),
+        column("Ratio", lambda line: str(line.ratio)),
         column("Robust", lambda line: f"{line.robust} of {line.n}"),
         column("Forwards per image", lambda line: f"{line.forwards:.0f}"),
         column("Backwards per image", lambda line: f"{line.backwards:.0f}"),

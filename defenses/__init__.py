@@ -1,6 +1,8 @@
 """The defenses, one folder each. To add one: copy trades/ and add its line here."""
 
 from robench.defenses.adaad import AdaAD as AdaAD
+from robench.defenses.adr import ADR as ADR
+from robench.defenses.akd2 import AKD2 as AKD2
 from robench.defenses.ard import ARD as ARD
 from robench.defenses.awp import AWP as AWP
 from robench.defenses.base import DEFENSES as DEFENSES
@@ -10,8 +12,18 @@ from robench.defenses.base import Moment as Moment
 from robench.defenses.base import Nets as Nets
 from robench.defenses.base import Remembered as Remembered
 from robench.defenses.base import make_defense as make_defense
+from robench.defenses.cat import CAT as CAT
+from robench.defenses.hat import HAT as HAT
+from robench.defenses.iad import IAD as IAD
+from robench.defenses.iad import IAD2 as IAD2
+from robench.defenses.igdm import IGDM as IGDM
+from robench.defenses.ikl import IKL as IKL
+from robench.defenses.lbgat import LBGAT as LBGAT
+from robench.defenses.mart import MART as MART
+from robench.defenses.mtard import MTARD as MTARD
 from robench.defenses.peeraid import PeerAiD as PeerAiD
 from robench.defenses.pgd_at import PGDAT as PGDAT
 from robench.defenses.rslad import RSLAD as RSLAD
+from robench.defenses.saad import SAAD as SAAD
 from robench.defenses.standard import Standard as Standard
 from robench.defenses.trades import TRADES as TRADES

@@ -1,21 +1,47 @@
-"""Weight averaging (SWA) with re-estimated batch-norm statistics."""
+"""Averages of a network's weights along its training: SWA and EMA."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class WeightAverage:
-    """The uniform mean of a network's parameters over epoch ends (Izmailov et al. 2018).
+class Average(ABC):
+    """An average of weights; `fit` measures, keeps and restores all of them alike."""
+
+    every_step: ClassVar[bool]  # updated after each step, or at the end of each epoch
+
+    @abstractmethod
+    def update(self, net: nn.Module) -> None:
+        """Take in the present weights of `net`."""
+
+    @abstractmethod
+    def network(self, net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+        """The averaged network, fit for use now.
+
+        net: as in `update`. batches: clean images (N, C, H, W), augmented as in training.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class WeightAverage(Average):
+    """SWA: the uniform mean of a network's parameters over epoch ends (Izmailov et al. 2018).
 
     Buffers are not averaged: batch-norm statistics belong to the weights they were measured
     with, so `network` measures them anew, as PeerAiD and KD & SWA (Chen et al. 2021) do.
     """
+
+    every_step = False
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,6 +71,33 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.mean = state["count"], state["mean"]
+
+
+class MovingAverage(Average):
+    """EMA: an exponential moving average over steps, of parameters and of batch-norm statistics.
+
+    The first update copies the network; then average <- decay average + (1 - decay) net.
+    """
+
+    every_step = True
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay, self.begun = decay, False
+        self.average = copy.deepcopy(net).eval().requires_grad_(False)
+
+    def update(self, net: nn.Module) -> None:
+        ema_update(self.average, net, self.decay if self.begun else 0.0)
+        self.begun = True
+
+    def network(self, net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+        return self.average
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self.begun, "average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begun = state["begun"]
+        self.average.load_state_dict(state["average"])
 
 
 @torch.no_grad()

@@ -3,145 +3,97 @@
     for epoch in epochs:                          # seeded by (seed, epoch): resumes exactly
         for x, y in shuffled, augmented batches:  # on the device
             now = defense.at(moment)                                # schedules of the method
-            x_adv = now.craft(nets, x, y)                           # inner maximization
-            with now.perturbed(nets, objective):                    # AWP and the like
-                losses = now.loss(nets, x, x_adv, y)
+            x_adv = now.craft(views, x, y)                          # inner maximization
+            with now.perturbed(views, objective):                   # AWP and the like
+                losses = now.loss(views, x, x_adv, y)
                 losses.total.backward()
                 for every trained network: optimizer.step()
-            now.after_step(nets, x, y, losses)
-        now.after_epoch(nets)
-        average the student's weights             # SWA, from swa_start on
-        measure student and average               # clean and PGD, on the selection split
-        keep best, last, swa, swa-last, peer      # networks
-        keep the state                            # optimizers, averages, history
+            now.after_step(views, x, y, losses)
+            update the averages of every step     # EMA, from ema_start on
+        now.after_epoch(views)
+        update the averages of every epoch        # SWA, from swa_start on
+        measure student and averages              # clean and PGD, on the selection split
+        keep best, last, swa, ema, ..., peer      # networks
+        keep the state                            # optimizers, averages, memory, history
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from robench.attacks.base import frozen, memory_format
 from robench.attacks.gradient import PGD
 from robench.attacks.threat import ThreatModel
-from robench.defenses.averaging import WeightAverage
+from robench.defenses.averaging import Average, MovingAverage, WeightAverage
 from robench.defenses.base import Defense, Moment, Nets, clean_logits, take_step
+from robench.defenses.config import TrainConfig as TrainConfig
+from robench.defenses.config import make_optimizer
+from robench.defenses.fast import accelerated
+from robench.defenses.history import EpochLog as EpochLog
+from robench.defenses.history import findings
+from robench.defenses.keeping import Keeper as Keeper
+from robench.defenses.keeping import Progress, keep_networks
 from robench.errors import RobenchError
 from robench.randomness import seeded
 
 EVAL_BATCH = 500
-CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
+CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
+Augment = Callable[[Tensor], Tensor]
 
 
 class TrainingFailed(RobenchError):
     """A training went wrong by itself; other cells of the matrix are not concerned."""
 
 
-class TrainConfig(BaseModel):
-    """How a network is trained, apart from the method.
-
-    Points in time (milestones, swa_start) are 0-based epochs, or fractions of all epochs if
-    they lie strictly between 0 and 1.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(default=128, ge=2)  # batch-norm cannot use a single image
-    lr: float = Field(default=0.1, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(default=5e-4, ge=0)  # on every parameter, as all sources do
-    milestones: tuple[float, ...] = ()  # lr is multiplied by gamma from these epochs on
-    gamma: float = Field(default=0.1, gt=0, le=1)
-    lr_per_iteration: bool = False  # look the lr up at epoch + (i + 1) / n instead of epoch
-    swa_start: float | None = Field(default=None, ge=0)
-    validation: int = Field(default=0, ge=0)  # training images held out
-    select: Literal["val", "test", "last"] = "val"
-    select_steps: int = Field(default=10, ge=1)  # PGD steps of the selection attack
-    select_step_size: float | None = None  # None: eps / 4
-    select_every: int = Field(default=1, ge=1)
-    select_dense_from: int = Field(default=0, ge=0)  # from here on select in every epoch
-
-    def moment(self, point: float) -> float:
-        """A milestone in epochs."""
-        return point * self.epochs if 0 < point < 1 else point
-
-    def lr_at(self, time: float) -> float:
-        """The learning rate `time` epochs into the training."""
-        return self.lr * self.gamma ** sum(time >= self.moment(m) for m in self.milestones)
-
-    def averages(self, epoch: int) -> bool:
-        return self.swa_start is not None and epoch >= int(self.moment(self.swa_start))
-
-    def measures(self, epoch: int) -> bool:
-        """Whether this epoch takes part in the selection; the last one always does."""
-        last = epoch == self.epochs - 1
-        dense = epoch >= self.select_dense_from
-        return last or dense or epoch % self.select_every == 0
-
-    @property
-    def ranked(self) -> tuple[str, ...]:
-        """The checkpoints that are rows of the leaderboard."""
-        student, average = ("last", "swa-last") if self.select == "last" else ("best", "swa")
-        return (student,) if self.swa_start is None else (student, average)
-
-
-@dataclass(frozen=True, slots=True)
-class EpochLog:
-    """One epoch: accuracies in [0, 1] on the selection split, None where not measured."""
-
-    epoch: int  # 0-based
-    lr: float
-    seconds: float  # of training alone
-    losses: dict[str, float]
-    clean: float | None = None
-    robust: float | None = None
-    swa_clean: float | None = None
-    swa_robust: float | None = None
-
-    @property
-    def score(self) -> tuple[float, float] | None:
-        """What the selection compares: robust accuracy, clean accuracy where that is equal."""
-        return None if self.robust is None or self.clean is None else (self.robust, self.clean)
-
-    @property
-    def swa_score(self) -> tuple[float, float] | None:
-        if self.swa_robust is None or self.swa_clean is None:
-            return None
-        return self.swa_robust, self.swa_clean
-
-
-class Keeper(Protocol):
-    """Where a training run keeps what must survive it."""
-
-    def load_state(self) -> dict[str, Any] | None: ...
-    def save_state(self, state: dict[str, Any]) -> None: ...
-    def save_network(self, name: str, net: nn.Module, epoch: int) -> None: ...
-
-
 class Watcher:
     """Told how the training goes. This one does not care."""
 
-    def step(self, epoch: int, step: int, steps: int) -> None: ...
-    def epoch(self, log: EpochLog) -> None: ...
+    def begin(self, history: Sequence[EpochLog]) -> None:
+        """Once, first: the epochs before an interruption."""
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        """`step` of `steps` steps of the epoch are over."""
+
+    def losses(self, means: Mapping[str, float]) -> None:
+        """Every CHECK_EVERY steps: the mean of each part of the loss since the last look."""
+
+    def epoch(self, log: EpochLog) -> None:
+        """The epoch is over, and is kept."""
+
+    def warn(self, text: str) -> None:
+        """Something looks wrong, in one line; the training goes on."""
+
+    def end(self) -> None:
+        """Once, last, also after an error."""
 
 
-@dataclass
-class _Progress:
-    """What changes from epoch to epoch and is not in a network or an optimizer."""
+@dataclass(frozen=True)
+class _Training:
+    """What does not change in one call of `fit`.
 
-    epoch: int = 0  # the next one
-    history: list[EpochLog] = field(default_factory=list)
-    best: tuple[float, float] = (-1.0, -1.0)  # (robust, clean): clean decides a tie
-    swa_best: tuple[float, float] = (-1.0, -1.0)
-    average: WeightAverage = field(default_factory=WeightAverage)
+    nets: the networks themselves: optimizers, averages, checkpoints and selection are theirs.
+    views: what the defense sees, memory included.
+    """
+
+    defense: Defense
+    nets: Nets
+    views: Nets
+    train: tuple[Tensor, Tensor]
+    augment: Augment
+    config: TrainConfig
+    watcher: Watcher
+
+    @property
+    def student(self) -> nn.Module:
+        return self.nets["student"]
+
+    def clean_batches(self) -> Iterator[Tensor]:
+        return (self.augment(x) for x, _ in _batches(self.train, self.config.batch_size))
 
 
 def fit(
@@ -153,7 +105,7 @@ def fit(
     threat: ThreatModel,
     keeper: Keeper,
     selection: tuple[Tensor, Tensor] | None = None,
-    augment: Callable[[Tensor], Tensor] = lambda x: x,
+    augment: Augment = lambda x: x,
     seed: int = 0,
     watcher: Watcher | None = None,
 ) -> list[EpochLog]:
@@ -172,86 +124,85 @@ def fit(
 
     Raises:
         TrainingFailed: a loss was NaN or infinite. State and networks of the epoch before stay.
+        UsageError: the state is of another version of robench.
     """
     watcher = watcher or Watcher()
     for name in defense.given:
         nets[name].eval().requires_grad_(False)
-    optimizers = {
-        name: torch.optim.SGD(
-            nets[name].parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )
-        for name in defense.trained
-    }
+    views = accelerated(nets, config.precision, train[0][:8])
     classes = clean_logits(nets["student"], train[0][:1]).shape[1]
     memory = {name: module.eval().requires_grad_(False)
-              for name, module in defense.memory(nets, classes).items()}
-    nets = {**nets, **memory}
-    progress = _restore(keeper.load_state(), defense, nets, optimizers, memory)
+              for name, module in defense.memory(views, classes).items()}
+    progress = Progress(
+        nets={name: nets[name] for name in defense.trained},
+        optimizers={name: make_optimizer(config, nets[name]) for name in defense.trained},
+        memory=memory,
+        averages=_averages(config, nets["student"]),
+    )
+    state = keeper.load_state()
+    if state is not None:
+        progress.load_state_dict(state)
+    run = _Training(defense, nets, {**views, **memory}, train, augment, config, watcher)
     attack = PGD(threat, config.select_steps, config.select_step_size)
-    while progress.epoch < config.epochs:
-        epoch = progress.epoch
-        with seeded(seed, "epoch", epoch):
-            log = _epoch(defense, nets, optimizers, train, augment, config, epoch, watcher)
-            student, average = nets["student"], None
-            if config.averages(epoch):
-                progress.average.update(student)
-                clean_batches = (augment(x) for x, _ in _batches(train, config.batch_size))
-                average = progress.average.network(student, clean_batches)
-        if selection is not None and config.measures(epoch):
-            # The same noise in every epoch: epochs are compared, not draws.
-            with seeded(seed, "selection"):
-                log["clean"], log["robust"] = accuracies(student, selection, attack)
-            if average is not None:
-                with seeded(seed, "selection"):
-                    log["swa_clean"], log["swa_robust"] = accuracies(average, selection, attack)
-        progress.history.append(EpochLog(**log))
-        progress.epoch += 1
-        _keep_networks(keeper, defense, nets, average, progress, config)
-        keeper.save_state(_state(progress, nets, optimizers, defense, memory))
-        watcher.epoch(progress.history[-1])
+    try:
+        watcher.begin(progress.history)
+        while progress.epoch < config.epochs:
+            with seeded(seed, "epoch", progress.epoch):
+                log = _epoch(run, progress)
+                averaged = _averaged(run, progress)
+            if selection is not None and config.measures(log.epoch):
+                log = _measured(log, run.student, averaged, selection, attack, seed)
+            progress.history.append(log)
+            keep_networks(keeper, progress, averaged, config)
+            keeper.save_state(progress.state_dict())
+            watcher.epoch(log)
+            for finding in findings(progress.history):
+                watcher.warn(finding)
+    finally:
+        watcher.end()
     return progress.history
 
 
-def _epoch(
-    defense: Defense,
-    nets: Nets,
-    optimizers: dict[str, torch.optim.SGD],
-    train: tuple[Tensor, Tensor],
-    augment: Callable[[Tensor], Tensor],
-    config: TrainConfig,
-    epoch: int,
-    watcher: Watcher,
-) -> dict[str, Any]:
-    """One pass over the training images; returns the fields of its EpochLog."""
+def _averages(config: TrainConfig, student: nn.Module) -> dict[str, Average]:
+    averages: dict[str, Average] = {}
+    if config.swa_start is not None:
+        averages["swa"] = WeightAverage()
+    if config.ema is not None:
+        averages["ema"] = MovingAverage(student, config.ema)
+    return averages
+
+
+def _epoch(run: _Training, progress: Progress) -> EpochLog:
+    """One pass over the training images; returns its log without accuracies."""
+    config, epoch, size = run.config, progress.epoch, run.config.batch_size
     started = time.perf_counter()
-    steps = _steps(len(train[0]), config.batch_size)
+    steps, images = _steps(len(run.train[0]), size), 0
     seen: list[dict[str, Tensor]] = []
-    lr, layout = config.lr_at(epoch), memory_format(nets["student"])
-    for name in defense.trained:
-        nets[name].train()
-    for step, (clean, y) in enumerate(_batches(train, config.batch_size)):
-        x = augment(clean).contiguous(memory_format=layout)
-        if config.lr_per_iteration:
-            lr = config.lr_at(epoch + (step + 1) / steps)
-        for optimizer in optimizers.values():
+    layout = memory_format(run.student)
+    moving = [average for name, average in progress.averages.items()
+              if average.every_step and config.averages(epoch, name)]
+    for net in progress.nets.values():
+        net.train()
+    for step, (clean, y) in enumerate(_batches(run.train, size)):
+        x = run.augment(clean).contiguous(memory_format=layout)
+        lr = config.lr_of(epoch, step, steps)
+        for optimizer in progress.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        now = defense.at(Moment(epoch, config.epochs, step, steps, lr / config.lr))
-        losses = take_step(now, nets, optimizers.values(), x, y)
+        now = run.defense.at(Moment(epoch, config.epochs, step, steps, lr / config.lr))
+        losses = take_step(now, run.views, progress.optimizers.values(), x, y, config.clip)
+        for average in moving:
+            average.update(run.student)
         parts = {"total": losses.total, **losses.parts}
         seen.append({name: value.detach() for name, value in parts.items()})
+        images += len(y)
+        run.watcher.step(epoch, step + 1, steps)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            _refuse_nan(seen, epoch)
-        watcher.step(epoch, step + 1, steps)
+            run.watcher.losses(_look(seen[step // CHECK_EVERY * CHECK_EVERY :], epoch, step))
     with torch.no_grad():
-        now.after_epoch(nets)
+        now.after_epoch(run.views)
     means = {name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]}
-    seconds = time.perf_counter() - started
-    return {"epoch": epoch, "lr": lr, "seconds": seconds, "losses": means}
+    return EpochLog(epoch, lr, time.perf_counter() - started, means, images=images)
 
 
 def _steps(n: int, size: int) -> int:
@@ -269,16 +220,51 @@ def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, T
             yield x[index], y[index]
 
 
-def _refuse_nan(seen: list[dict[str, Tensor]], epoch: int) -> None:
-    finite = torch.stack([s["total"] for s in seen]).isfinite()
+def _look(seen: list[dict[str, Tensor]], epoch: int, last: int) -> dict[str, float]:
+    """The mean of each part over the steps up to `last`, with one transfer from the device.
+
+    Raises TrainingFailed if a total is not finite.
+    """
+    rows = torch.stack([torch.stack(list(s.values())) for s in seen]).cpu()
+    finite = rows[:, 0].isfinite()  # the total
     if not bool(finite.all()):
-        step = int((~finite).nonzero()[0])
-        parts = {name: f"{value.item():.4g}" for name, value in seen[step].items()}
+        bad = int((~finite).nonzero()[0])
+        parts = {name: f"{value:.4g}" for name, value in zip(seen[bad], rows[bad].tolist(),
+                                                             strict=True)}
         kept = f"the state after epoch {epoch - 1} is kept" if epoch else "no epoch was finished"
         raise TrainingFailed(
-            f"the loss is not finite in epoch {epoch}, step {step} ({parts}); {kept}. "
-            "Try a smaller learning rate (--set lr=...)"
+            f"the loss is not finite in epoch {epoch}, step {last - len(seen) + 1 + bad} "
+            f"({parts}); {kept}. Try a smaller learning rate (--set lr=...)"
         )
+    return dict(zip(seen[0], rows.mean(0).tolist(), strict=True))
+
+
+def _averaged(run: _Training, progress: Progress) -> dict[str, nn.Module]:
+    """The networks of the averages that have begun, at the end of an epoch."""
+    networks = {}
+    for name, average in progress.averages.items():
+        if run.config.averages(progress.epoch, name):
+            if not average.every_step:
+                average.update(run.student)
+            networks[name] = average.network(run.student, run.clean_batches())
+    return networks
+
+
+def _measured(
+    log: EpochLog,
+    student: nn.Module,
+    averaged: Mapping[str, nn.Module],
+    selection: tuple[Tensor, Tensor],
+    attack: PGD,
+    seed: int,
+) -> EpochLog:
+    """The log with the accuracies of the student and of the averages."""
+    scores = {}
+    for name, net in {"student": student, **averaged}.items():
+        with seeded(seed, "selection"):  # the same in every epoch: epochs are compared, not draws
+            scores[name] = accuracies(net, selection, attack)
+    clean, robust = scores.pop("student")
+    return replace(log, clean=clean, robust=robust, averages=scores)
 
 
 def accuracies(
@@ -295,73 +281,3 @@ def accuracies(
             if len(x):
                 robust += int((net(attack(net, x, y)).argmax(1) == y).sum())
     return correct / len(data[0]), robust / len(data[0])
-
-
-def _keep_networks(
-    keeper: Keeper,
-    defense: Defense,
-    nets: Nets,
-    average: nn.Module | None,
-    progress: _Progress,
-    config: TrainConfig,
-) -> None:
-    """Hand over the networks that this epoch made best or last."""
-    log, epoch = progress.history[-1], progress.epoch - 1
-    others = [name for name in defense.trained if name != "student"]
-    is_last = progress.epoch == config.epochs
-    if log.score is not None and log.score >= progress.best:  # the later one of two equals
-        progress.best = log.score
-        keeper.save_network("best", nets["student"], epoch)
-        for name in others:  # the partner of the best student
-            keeper.save_network(name, nets[name], epoch)
-    if average is not None and log.swa_score is not None and log.swa_score >= progress.swa_best:
-        progress.swa_best = log.swa_score
-        keeper.save_network("swa", average, epoch)
-    if is_last:
-        keeper.save_network("last", nets["student"], epoch)
-        if average is not None:
-            keeper.save_network("swa-last", average, epoch)
-        if config.select == "last":
-            for name in others:
-                keeper.save_network(name, nets[name], epoch)
-
-
-def _state(
-    progress: _Progress,
-    nets: Nets,
-    optimizers: dict[str, torch.optim.SGD],
-    defense: Defense,
-    memory: Nets,
-) -> dict[str, Any]:
-    return {
-        "epoch": progress.epoch,
-        "history": [asdict(log) for log in progress.history],
-        "best": progress.best,
-        "swa_best": progress.swa_best,
-        "average": progress.average.state_dict(),
-        "nets": {name: nets[name].state_dict() for name in defense.trained},
-        "memory": {name: module.state_dict() for name, module in memory.items()},
-        "optimizers": {name: opt.state_dict() for name, opt in optimizers.items()},
-    }
-
-
-def _restore(
-    state: dict[str, Any] | None,
-    defense: Defense,
-    nets: Nets,
-    optimizers: dict[str, torch.optim.SGD],
-    memory: Nets,
-) -> _Progress:
-    progress = _Progress()
-    if state is None:
-        return progress
-    progress.epoch = state["epoch"]
-    progress.history = [EpochLog(**log) for log in state["history"]]
-    progress.best, progress.swa_best = state["best"], state["swa_best"]
-    progress.average.load_state_dict(state["average"])
-    for name in defense.trained:
-        nets[name].load_state_dict(state["nets"][name])
-        optimizers[name].load_state_dict(state["optimizers"][name])
-    for name, module in memory.items():
-        module.load_state_dict(state["memory"][name])
-    return progress

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # attacks <- defenses <- benchmark -> reports
     "attacks": BASE | {"attacks", ""},  # "" is robench.__version__
     "defenses": BASE | {"attacks", "defenses"},
     "reports": BASE - {"randomness"} | {"reports"},  # randomness imports torch
-    "benchmark": BASE | {*PACKAGES, "", "__version__"},
+    "benchmark": BASE | {*PACKAGES, "", "__version__", "watchers"},  # of which one names a group
 }
 MAX_LINES = 400
 CARD = ["Use", "Method", "In detail", "Hyper-parameters", "Paper and code differ", "Caveats",

@@ -34,6 +34,7 @@ from robench.defenses.base import (
     Losses,
     Moment,
     Nets,
+    Wrapper,
     make_defense,
     options_of,
     take_step,
@@ -152,11 +153,17 @@ def _check_craft(
     made: Defense, nets: Nets, x: Tensor, y: Tensor, threat: ThreatModel
 ) -> None:
     # Crafting in train mode is allowed to move batch-norm, but of the trained networks only.
-    may_move = made.trained if getattr(made, "craft_mode", "eval") == "train" else ()
+    inner = made
+    while isinstance(inner, Wrapper):
+        inner = inner.inner
+    may_move = made.trained if getattr(inner, "craft_mode", "eval") == "train" else ()
     _seed(torch_seed=1, other=1)
     with _untouched(nets, x, y, buffers_of=[name for name in nets if name not in may_move]):
         x_adv = made.craft(nets, x, y)
-    _check_images(x_adv, x, y, nets[made.trained[0]], getattr(made, "threat", threat))
+    # A method that attacks several networks returns a batch for each.
+    for name, part in zip(made.trained, torch.split(x_adv, len(x)), strict=False):
+        _check_images(part, x, y, nets[name], getattr(inner, "threat", threat))
+    _require(len(x_adv) % len(x) == 0, f"{len(x_adv)} examples for {len(x)} images")
 
 
 def _check_steps(made: Defense, nets: Nets, x: Tensor, y: Tensor) -> None:

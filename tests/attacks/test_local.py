@@ -87,7 +87,7 @@ def walk(net, shape, calls, units=6, most=None):
     local.saves = lambda size, n: local._plan(size) is not None
     local._most = most or local._most
     base = torch.rand(units, *shape, dtype=torch.float64)
-    sizes = torch.ones(units, dtype=torch.int64)
+    sizes, version = torch.ones(units, dtype=torch.int64), torch.zeros(units, dtype=torch.int64)
     for call in range(calls):
         if call % 4 == 0:
             sizes = torch.randint(0, min(shape[1:]) + 1, (units,))
@@ -97,12 +97,13 @@ def walk(net, shape, calls, units=6, most=None):
         rows = torch.randperm(units)[: int(torch.randint(1, units + 1, ()))]
         if torch.rand(()) < 0.5:
             rows = torch.arange(units)
-        yield (local.logits(rows * 7, base[rows], proposal[rows], top[rows], left[rows],
-                            sizes[rows]), net(proposal[rows]))
-        taken = torch.rand(units)[:, None, None, None] < 0.5
-        base = torch.where(taken, proposal, base)
+        yield (local.logits(rows * 7, version[rows], proposal[rows], base[rows], top[rows],
+                            left[rows], sizes[rows]), net(proposal[rows]))
+        taken = torch.rand(units) < 0.5
+        base, version = torch.where(taken[:, None, None, None], proposal, base), version + taken
         if torch.rand(()) < 0.2:  # an image that nobody has seen
-            base[int(torch.randint(units, ()))] = torch.rand(shape, dtype=torch.float64)
+            other = int(torch.randint(units, ()))
+            base[other], version[other] = torch.rand(shape, dtype=torch.float64), 1000 * (call + 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -129,25 +130,27 @@ def test_networks_of_the_benchmark(name, always):
     net.requires_grad_(False)
     x = torch.rand(8, 3, 32, 32)
     network = Network(net, "exact", x[:2])
-    sizes = torch.full((8,), 3)
+    sizes, version = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
     for _ in range(3):
         proposal, top, left = proposals(x, sizes)
-        got = network.near(torch.arange(8), x, proposal, top, left, sizes)
+        got = network.near(torch.arange(8), version, proposal, x, top, left, sizes)
         torch.testing.assert_close(got, network.logits(proposal), rtol=1e-4, atol=1e-5)
         x[::2] = proposal[::2]
+        version[::2] += 1
     assert network.forwards == 48 and len(network._local._maps) > 3
 
 
-def test_a_changed_known_image_and_a_name_twice_are_seen(always):
+def test_a_name_twice_and_units_in_another_order_are_seen(always):
     torch.manual_seed(0)
     net = random_net(1, (3, 3), (1, 1), False, False)
     local = Local(net, torch.rand(1, 1, 9, 9, dtype=torch.float64))
-    base, sizes = torch.rand(4, 1, 9, 9, dtype=torch.float64), torch.full((4,), 2)
+    images, sizes = torch.rand(4, 1, 9, 9, dtype=torch.float64), torch.full((4,), 2)
     for names in ([0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 1, 1], [3, 2, 1, 0]):
-        proposal, top, left = proposals(base, sizes)
-        got = local.logits(torch.tensor(names), base, proposal, top, left, sizes)
+        keys = torch.tensor(names)
+        proposal, top, left = proposals(images[keys], sizes)
+        got = local.logits(keys, torch.zeros(4, dtype=torch.int64), proposal, images[keys], top,
+                           left, sizes)
         torch.testing.assert_close(got, net(proposal))
-        base[0, 0, 8, 8] += 0.1  # in place, outside of every square perhaps
 
 
 def test_only_the_windows_are_computed(always, monkeypatch):
@@ -156,14 +159,15 @@ def test_only_the_windows_are_computed(always, monkeypatch):
     net = random_net(1, (3, 3), (1, 2), False, False)
     local = Local(net, torch.rand(1, 1, 24, 24, dtype=torch.float64))
     base, sizes = torch.rand(3, 1, 24, 24, dtype=torch.float64), torch.full((3,), 2)
-    filled = []
+    version, filled = torch.zeros(3, dtype=torch.int64), []
     fill = Local._fill
     monkeypatch.setattr(Local, "_fill", lambda self, plan, slots, base: (
         filled.append(len(slots)), fill(self, plan, slots, base)))
     for _ in range(6):
         proposal, top, left = proposals(base, sizes)
-        local.logits(torch.arange(3), base, proposal, top, left, sizes)
-        base = torch.where(torch.rand(3, 1, 1, 1) < 0.5, proposal, base)
+        local.logits(torch.arange(3), version, proposal, base, top, left, sizes)
+        taken = torch.rand(3) < 0.5
+        base, version = torch.where(taken[:, None, None, None], proposal, base), version + taken
     assert filled == [3]
 
 
@@ -237,7 +241,7 @@ def test_square_decides_as_with_the_whole_network(always):
     for plain in (False, True):
         network = Network(net, "exact", x[:4])
         if plain:
-            network.near = lambda names, known, x, *square, network=network: network.logits(x)
+            network.near = lambda names, version, x, *known, network=network: network.logits(x)
         images = Images(x, y, torch.ones(24, 9, dtype=torch.int64), torch.arange(24))
         attack = Square(ThreatModel("Linf", 0.05))
         units = new_units(attack, images, [(i, 0) for i in range(24)], 0)

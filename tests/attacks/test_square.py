@@ -37,7 +37,7 @@ class Net:
         self.seen.append(x.clone())
         return self.function(x)
 
-    def near(self, names, known, x, top, left, size):
+    def near(self, names, version, x, known, top, left, size):
         for row, (r, c, s) in enumerate(zip(top, left, size, strict=True)):
             changed = (x[row] != known[row]).any(0)
             changed[r : r + s, c : c + s] = False

@@ -18,6 +18,7 @@ from robench.benchmark import matrix
 from robench.benchmark.checkpoints import load_checkpoint, weights_sha256
 from robench.benchmark.matrix import Matrix, run
 from robench.benchmark.progress import Reporter
+from robench.benchmark.recipe import Settings
 from robench.benchmark.spec import RunSpec
 from robench.errors import RobenchError, UsageError
 from robench.reports.store import RECORDS, load, save
@@ -114,8 +115,8 @@ def test_the_files_of_a_run(finished):
     assert len(cells) == 3  # the teacher was trained once
     for cell in cells:
         names = {p.name for p in cell.iterdir()}
-        assert names == {"spec.json", "done.json", "best.safetensors", "last.safetensors",
-                         "swa.safetensors", "swa-last.safetensors", "eval"}
+        assert names == {"spec.json", "done.json", "training.csv", "best.safetensors",
+                         "last.safetensors", "swa.safetensors", "swa-last.safetensors", "eval"}
         assert {p.suffix for p in (cell / "eval").iterdir()} == {".json", ".npz"}
         spec = json.loads((cell / "spec.json").read_text())
         assert spec["train_limit"] == 128
@@ -425,12 +426,19 @@ def test_a_state_dict_as_teacher_needs_the_model(tmp_path, job, make_network, no
 # Settings that reach the training
 
 
-def test_all_training_images_are_used_without_a_validation_split(tmp_path, job, no_figures):
-    """As all recipes of `as-released` do."""
+def test_all_training_images_are_used_without_a_validation_split(
+    tmp_path, job, no_figures, monkeypatch
+):
+    """As all recipes of `as-released` do. No other recipe may select on the test images."""
+    from robench.benchmark import cells
+
+    original = cells.settings_for
+    monkeypatch.setattr(cells, "settings_for", lambda *names: Settings(
+        train={"select": "test"}).over(original(*names)))
     run(job(defenses=("trades",), epochs=1, attacks="fgsm", out=tmp_path / "last",
             train={"validation": 0, "select": "last"}))
     run(job(defenses=("trades",), epochs=1, attacks="fgsm", out=tmp_path / "test",
-            train={"validation": 0, "select": "test"}))
+            train={"validation": 0}))
     last, test = load([tmp_path / "last"]), load([tmp_path / "test"])
     assert {r.selection for r in last.records} == {"none"}
     assert {r.selection for r in test.records} == {"test"}

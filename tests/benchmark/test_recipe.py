@@ -19,7 +19,7 @@ from robench.benchmark.recipe import (
     settings_for,
     train_config,
 )
-from robench.defenses import DEFENSES, make_defense
+from robench.defenses import DEFENSES, Moment, make_defense
 from robench.defenses.trainer import TrainConfig
 from robench.errors import UsageError
 
@@ -161,8 +161,10 @@ def test_unified_is_one_protocol(dataset):
 
 def test_unified_changes_options_only_where_a_method_is_published_that_way():
     for _, defense, dataset in PAIRS:
+        if "+" in defense:  # see test_a_wrapped_defense_has_the_settings_of_what_it_wraps
+            continue
         options = settings_for("unified", defense, dataset).options
-        if defense not in ("adaad", "peeraid"):
+        if defense not in ("adaad", "adr", "igdm", "peeraid", "saad"):
             assert options == {}
             continue
         try:
@@ -180,7 +182,7 @@ def test_threats():
     assert default_threat("cifar10") == default_threat("folder:x") == "Linf:8/255"
 
 
-# As released: METHODS.md, sections 1.3 and 2.1 to 2.5
+# As released: METHODS.md, sections 1.3 and 2.1 to 2.11
 
 
 def rates(config):
@@ -263,6 +265,73 @@ def test_peeraid(dataset, weights, curve, averaged):
     assert config.ranked == ("best", "swa")
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_at_awp_is_rice_2020_with_awp(dataset):
+    settings, config, _, made = resolved("as-released", "pgd-at+awp", dataset)
+    base, plain, _, inner = resolved("as-released", "pgd-at", "cifar10")
+    assert settings.model == ModelSpec(name=base.model.name, normalize=dataset)
+    assert config == plain.model_copy(update={"select_steps": 20})
+    assert (made.inner, made.gamma, made.warm_up) == (inner, 0.01, 0)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_trades_awp(dataset):
+    settings, config, threat, made = resolved("as-released", "trades+awp", dataset)
+    assert settings.model == "wrn-34-10"
+    assert (threat, made.inner.ascent.step_size) == (ThreatModel("Linf", 8 / 255), 2 / 255)
+    assert (made.inner.beta, made.inner.start, made.gamma) == (6, "normal", 0.005)
+    # Counted from 1: perturbed from epoch 10 on, decays in epochs 100 and 150.
+    assert made.at(Moment(8, 200)) == made.inner and made.at(Moment(9, 200)) == made
+    assert rates(config) == [(0.1, 99), (0.01, 50), (0.001, 51)]
+    assert (config.weight_decay, config.ranked) == (5e-4, ("last",))
+
+
+def test_mart():
+    _, config, threat, made = resolved("as-released", "mart", "cifar10")
+    assert (threat, made.ascent.step_size, made.steps) == (ThreatModel("Linf", 0.031), 0.007, 10)
+    assert (made.beta, made.start, made.craft_mode) == (5, "normal", "eval")
+    assert rates(config) == [(0.01, 74), (0.001, 15), (1e-4, 10), (1e-5, 21)]
+    assert (config.weight_decay, config.ranked) == (3.5e-3, ("last",))
+
+
+@pytest.mark.parametrize(("dataset", "held_out"), [
+    ("cifar10", 5000), ("cifar100", 5000), ("tiny-imagenet", 10000)])
+def test_akd2(dataset, held_out):
+    _, config, threat, made = resolved("as-released", "akd2", dataset)
+    assert (made.label_weight, made.natural_weight, made.teacher_weight) == (0.3, 0.1, 0.6)
+    assert (made.temperature, made.start, made.craft_mode) == (2, "uniform", "train")
+    assert rates(config) == [(0.1, 50), (0.01, 100), (0.001, 50)]
+    assert [epoch for epoch in range(200) if config.averages(epoch)] == list(range(55, 200))
+    assert (config.select, config.validation, config.weight_decay) == ("val", held_out, 5e-4)
+
+
+@pytest.mark.parametrize(("name", "begin"), [("iad", 60), ("iad-ii", 40)])
+def test_iad_keeps_the_learning_rate_bug_of_ard(name, begin):
+    _, config, threat, made = resolved("as-released", name, "cifar10")
+    assert rates(config) == [(0.1, 100), (0.01, 100)]
+    assert (config.weight_decay, config.select, config.select_steps) == (2e-4, "test", 10)
+    assert (made.temperature, made.beta, made.start, made.craft_mode) == (
+        1, 0.1, "uniform", "train")
+    assert made.at(Moment(begin - 1, 200)) != made and made.at(Moment(begin, 200)) == made
+    default = make_defense(name, threat)  # a share of all epochs: the same point in 200
+    assert default.at(Moment(begin - 1, 200)) != default
+    assert default.at(Moment(begin, 200)) == default
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_mtard_has_the_schedule_of_rslad(dataset):
+    _, config, _, made = resolved("as-released", "mtard", dataset)
+    assert config == resolved("as-released", "rslad", dataset)[1]
+    assert (made.rate, made.weight, made.start) == (0.025, 0.1, "normal")
+
+
+def test_cat():
+    _, config, threat, made = resolved("as-released", "cat", "cifar10")
+    assert (made.beta, made.cross_weight) == (6, pytest.approx(19 / 20))
+    assert rates(config) == [(0.1, 99), (0.01, 50), (0.001, 51)]
+    assert (config.weight_decay, config.select, config.batch_size) == (5e-4, "test", 128)
+
+
 def test_defaults_of_the_configuration_are_those_of_the_recipes():
     assert TrainConfig(epochs=1).gamma == 0.1
     assert TrainConfig(epochs=1).select_steps == 10
@@ -275,3 +344,57 @@ def test_a_wrapped_defense_has_the_settings_of_what_it_wraps_in_a_recipe_for_all
     assert resolved("unified", "trades+awp", "cifar10")[3].gamma == 0.005
     with pytest.raises(UsageError, match="nowhere"):
         settings_for("as-released", "rslad+awp", "cifar10")
+
+
+# As released: METHODS.md, sections 2.12 to 2.14, 2.16 and 2.17
+
+
+@pytest.mark.parametrize(("dataset", "beta"), [("cifar10", 0), ("cifar100", 6)])
+def test_lbgat(dataset, beta):
+    _, config, threat, made = resolved("as-released", "lbgat", dataset)
+    assert (threat, made.ascent.step_size) == (ThreatModel("Linf", 0.031), 0.007)
+    assert (made.beta, config.weight_decay, config.select) == (beta, 2e-4, "last")
+    assert [config.lr_of(epoch, 0, 391) for epoch in (1, 74, 75, 89, 90, 99)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_hat():
+    _, config, _, made = resolved("as-released", "hat", "cifar10")
+    assert (made.overshoot, made.beta, made.gamma) == (2, 2.5, 0.5)
+    assert (config.epochs, config.lr, config.schedule) == (50, 0.21, "one-cycle")
+    assert [epoch for epoch in range(50) if config.measures(epoch)] == [0, 30, *range(45, 50)]
+
+
+@pytest.mark.parametrize(("dataset", "temperatures", "trust", "stages"), [
+    ("cifar10", (2.5, 2), (0.7, 0.95), (100, 50, 50)),
+    ("cifar100", (1.5, 1), (0.7, 0.95), (100, 50, 50)),
+    ("tiny-imagenet", (2, 1.5), (0.5, 0.9), (40, 20, 20)),
+])
+def test_adr(dataset, temperatures, trust, stages):
+    _, config, _, made = resolved("as-released", "adr", dataset)
+    assert (made.temperature_start, made.temperature_end) == temperatures
+    assert (made.trust_start, made.trust_end) == trust
+    assert rates(config) == list(zip((0.1, 0.01, 0.001), stages, strict=True))
+    assert config.ema == made.ema_decay == 0.995 and config.ranked == ("best", "ema")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_ikl_awp(dataset):
+    _, config, _, made = resolved("as-released", "ikl+awp", dataset)
+    assert made.gamma == 0.005
+    first, last = (made.at(Moment(epoch, 200)) for epoch in (8, 199))  # counted from 0
+    assert not hasattr(first, "gamma") and last.gamma == made.gamma
+    assert first.threat.eps == pytest.approx(9 / 200 * 8 / 255)
+    assert last.inner.threat.eps == 8 / 255 and last.inner.ascent.step_size == 4 / 255
+    assert (config.schedule, config.lr, config.ema_start) == ("cosine", 0.2, 150)
+
+
+@pytest.mark.parametrize(("dataset", "alpha"), [("cifar10", 1), ("cifar100", 10)])
+def test_igdm_and_saad_at_the_intended_budget(dataset, alpha):
+    for name in ("igdm", "saad"):
+        _, config, threat, made = resolved("as-released", name, dataset)
+        assert (threat, made.ascent.step_size) == (ThreatModel("Linf", 8 / 255), 2 / 255)
+        assert getattr(made, "alpha" if name == "igdm" else "igdm_alpha") == alpha
+        assert rates(config) == [(0.1, 100), (0.01, 50), (0.001, 50)]
+        assert sum(map(config.averages, range(200))) == (106 if name == "saad" else 0)
+        assert (config.weight_decay, config.select) == (2e-4, "last")

@@ -10,6 +10,7 @@ from robench.benchmark.cells import plan
 from robench.benchmark.data import load_dataset
 from robench.benchmark.recipe import ModelSpec
 from robench.benchmark.spec import (
+    _LATER,
     DEFAULT_ATTACKS,
     AttackSpec,
     CellSpec,
@@ -19,7 +20,8 @@ from robench.benchmark.spec import (
     parse_value,
     read_config,
 )
-from robench.defenses.trainer import TrainConfig
+from robench.defenses.base import make_defense, options_of
+from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 
 THREAT = ThreatModel("Linf", 0.1)
@@ -223,6 +225,9 @@ def key(digits):
         {"train": {"lr": 0.1}}, {"train": {"nesterov": True}}, {"train": {"milestones": [0.5]}},
         {"train": {"swa_start": None}}, {"train": {"validation": 100}},
         {"train": {"select_steps": 5}}, {"options": {"rslad": {"weight": 1.0}}},
+        {"train": {"optimizer": "adamw"}}, {"train": {"schedule": "cosine"}},
+        {"train": {"ema": 0.99}}, {"train": {"clip": 1.0}}, {"train": {"warmup": 1}},
+        {"options": {"rslad": {"label_smoothing": 0.1}}},
         {"options": {"trades": {"beta": 3.0}}},  # of its teacher
     ],
     ids=str,
@@ -238,6 +243,8 @@ def test_the_key_changes_with_what_changes_the_weights(key, changes):
         {"device": "cpu"}, {"data_root": "elsewhere"}, {"download": True},
         {"baselines": ("pgd-at",)}, {"options": {"peeraid": {"gamma2": 1.0}}},
         {"train": {"lr": 0.05}}, {"epochs": 40}, {"model": "smallcnn"},  # the recipe's own
+        {"train": {"optimizer": "sgd", "ema": None, "warmup": 0}},  # the defaults
+        {"options": {"rslad": {"label_smoothing": 0}}},
         {"threat": "Linf:0.2"},
     ],
     ids=str,
@@ -278,6 +285,32 @@ def test_the_key_of_a_cell_is_stable():
         train_limit=None, seed=0, teachers={},
     )
     assert spec.key() == spec.model_copy(update={"notes": ("a note",)}).key() == "ae6a2b23f7b5"
+
+
+# The training settings of the first networks that were kept.
+FIRST_SETTINGS = {
+    "epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "milestones", "gamma",
+    "lr_per_iteration", "swa_start", "validation", "select", "select_steps", "select_step_size",
+    "select_every", "select_dense_from",
+}
+
+
+def test_settings_that_came_later_are_no_part_of_the_key_at_their_defaults():
+    """A new field of TrainConfig must be listed, or every finished cell has another name."""
+    later = TrainConfig.model_fields.keys() - FIRST_SETTINGS
+    defaults = TrainConfig(epochs=1).model_dump(mode="json")
+    assert _LATER["train"] == {name: defaults[name] for name in later}
+
+
+KEPT = sorted((Path(__file__).parents[2] / "results").glob("*/cells/*/spec.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_the_cells_in_results_keep_their_names(path):
+    spec = CellSpec.model_validate_json(path.read_text())
+    defense = make_defense(spec.defense, ThreatModel.parse(spec.threat), **spec.options)
+    today = spec.model_copy(update={"options": options_of(defense)})
+    assert spec.key() == today.key() == path.parent.name
 
 
 def test_digests_do_not_depend_on_order():
@@ -355,6 +388,12 @@ def test_folders_are_named_by_keys(digits):
         ({"defenses": "trades", "train": {"validation": 10**6}}, "cannot hold out 1000000 of 1437"),
         ({"defenses": "trades", "train": {"batch_size": 1}}, "train.batch_size: "),
         ({"defenses": "trades", "epochs": 5, "train": {"swa_start": 7}}, "5 epochs end before"),
+        ({"defenses": "trades", "epochs": 5, "train": {"ema": 0.9, "ema_start": 7}},
+         "train.ema_start: 5 epochs end before epoch 7; add --set ema_start=0.5, or ema=null"),
+        ({"defenses": "trades", "train": {"select": "test"}}, "train.select: test is for recipes"),
+        ({"defenses": "trades", "train": {"nesterov": True, "momentum": 0}},
+         "train.nesterov: Value error, needs optimizer sgd and a momentum above 0"),
+        ({"defenses": "trades", "logs": "tensorbord"}, "Did you mean: tensorboard?"),
         ({"defenses": "trades", "model": "torch.nn:Identity"}, "must return logits (N, K)"),
         ({"defenses": "trades", "recipe": "unifide"}, "Did you mean: unified?"),
         ({"defenses": "rslad", "recipe": "as-released"}, "only on cifar10, cifar100"),

@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robench.attacks.network import Network
-from robench.benchmark import speed
-from robench.benchmark.gauge import Counter, PassTime, PeakMemory, time_passes
-from robench.benchmark.speed import Contender, Sample, Spread, rotating, summarize
+from robench.benchmark.gauge import (
+    Counter,
+    PassTime,
+    PeakMemory,
+    Spread,
+    rotating,
+    time_passes,
+    using_threads,
+)
+from robench.benchmark.speed import Contender, Sample, summarize
 
 NETS = """
 import torch
@@ -143,9 +150,9 @@ def test_memory_that_is_held_is_seen():
 
 def test_threads_are_as_before():
     before = torch.get_num_threads()
-    with speed._threads(before + 1):
+    with using_threads(before + 1):
         assert torch.get_num_threads() == before + 1
-    with speed._threads(None):
+    with using_threads(None):
         assert torch.get_num_threads() == before
     assert torch.get_num_threads() == before
 

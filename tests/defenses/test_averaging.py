@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from robench.defenses.averaging import WeightAverage, reestimate_batch_norm
+from robench.defenses.averaging import (
+    MovingAverage,
+    WeightAverage,
+    ema_update,
+    reestimate_batch_norm,
+)
 
 
 def randomize(net, generator):
@@ -118,3 +123,61 @@ def test_a_restored_average_goes_on(make_net):
             restored.update(net)
     assert restored.count == 4
     assert all(torch.equal(restored.mean[name], mean) for name, mean in whole.mean.items())
+
+
+@given(decay=st.floats(0.01, 0.99), n=st.integers(1, 8))
+def test_the_moving_average_by_its_definition(make_net, decay, n):
+    net = make_net()
+    average, expected = MovingAverage(net, decay), None
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(n):
+        randomize(net, generator)
+        net(torch.rand(4, 1, 4, 4, generator=generator))  # moves the statistics
+        average.update(net)
+        now = {k: v.clone().double() for k, v in net.state_dict().items()}
+        expected = now if expected is None else {
+            k: decay * v + (1 - decay) * now[k] for k, v in expected.items()}
+    for name, value in average.network(net, []).state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert value == net.state_dict()[name]
+
+
+def test_the_first_update_is_a_copy_and_the_network_is_left_alone(make_net):
+    net = make_net()
+    average = MovingAverage(make_net(1), 0.9)
+    before = copy.deepcopy(net.state_dict())
+    average.update(net)
+    kept = average.network(net, []).state_dict()
+    assert all(torch.equal(kept[k], v) and torch.equal(net.state_dict()[k], v)
+               for k, v in before.items())
+    randomize(net, torch.Generator().manual_seed(1))
+    assert torch.equal(kept["4.weight"], before["4.weight"])
+    assert not average.network(net, []).training
+
+
+def test_a_restored_moving_average_goes_on(make_net):
+    net, whole, restored = make_net(), MovingAverage(make_net(), 0.7), None
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        randomize(net, generator)
+        whole.update(net)
+        if step == 1:
+            restored = MovingAverage(make_net(3), 0.7)
+            restored.load_state_dict(copy.deepcopy(whole.state_dict()))
+        elif step > 1:
+            restored.update(net)
+    first, second = (a.network(net, []).state_dict() for a in (whole, restored))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_ema_update(make_net):
+    average, net = make_net(0), make_net(1)
+    before = copy.deepcopy(average.state_dict())
+    net[1].num_batches_tracked.fill_(7)
+    ema_update(average, net, 0.75)
+    for name, value in average.state_dict().items():
+        new = net.state_dict()[name]
+        expected = 0.75 * before[name] + 0.25 * new if value.is_floating_point() else new
+        torch.testing.assert_close(value, expected)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from robench.attacks.threat import ThreatModel
-from robench.defenses import Defense, Losses, make_defense
-from robench.defenses.trainer import TrainConfig, TrainingFailed, Watcher, accuracies, fit
+from robench.defenses import Defense, Losses, Remembered, make_defense
+from robench.defenses.config import TrainConfig
+from robench.defenses.trainer import TrainingFailed, Watcher, accuracies, fit
+from robench.errors import UsageError
 
 THREAT = ThreatModel("Linf", 0.1)
 
@@ -61,7 +62,20 @@ class Steps(Watcher):
     """Writes down what it is told."""
 
     def __init__(self):
-        self.steps, self.epochs = [], []
+        self.begun, self.steps, self.means, self.epochs, self.warnings = [], [], [], [], []
+        self.ended = 0
+
+    def begin(self, history):
+        self.begun.append(list(history))
+
+    def losses(self, means):
+        self.means.append(means)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def end(self):
+        self.ended += 1
 
     def step(self, epoch, step, steps):
         self.steps.append((epoch, step, steps))
@@ -86,37 +100,32 @@ class LearningRates:
 # The schedule
 
 
-def curve(config):
-    return [config.lr_at(epoch) for epoch in range(config.epochs)]
+def test_one_cycle_is_torchs(train, monkeypatch):
+    rates = LearningRates(monkeypatch)
+    train(epochs=4, lr=0.2, schedule="one-cycle", pct_start=0.4)
+    seen = list(rates.seen)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12,
+                                                 pct_start=0.4)
+    for lr in seen:
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if torchs.last_epoch < 11:
+            torchs.step()
 
 
-def test_milestones_count_from_0_and_include_their_epoch():
-    config = TrainConfig(epochs=6, lr=1.0, milestones=(2, 4))
-    assert curve(config) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert config.lr_at(1.999) == 1
-    assert config.lr_at(2) == pytest.approx(0.1)
+def test_clipping_bounds_the_length_of_each_networks_gradient(train, make_net):
+    options = {"epochs": 1, "n": 8, "momentum": 0, "weight_decay": 0, "lr": 2.0, "clip": 1e-3}
+    _, nets, _ = train("peeraid", select="last", **options)
+    for seed, name in enumerate(("student", "peer")):  # one step from its initial weights
+        moved = [(p - q).flatten() for p, q in zip(nets[name].parameters(),
+                                                   make_net(seed).parameters(), strict=True)]
+        assert torch.cat(moved).norm().item() == pytest.approx(2e-3, rel=1e-3)
 
 
-def test_fractions_are_of_all_epochs():
-    config = TrainConfig(epochs=8, lr=1.0, milestones=(0.5, 0.75), swa_start=0.5)
-    assert curve(config) == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert [config.averages(epoch) for epoch in range(8)] == [False] * 4 + [True] * 4
-    assert config == config.model_validate(config.model_dump())
-
-
-def test_the_order_of_milestones_and_gamma():
-    config = TrainConfig(epochs=4, lr=1.0, milestones=(3, 1), gamma=0.5)
-    assert curve(config) == pytest.approx([1, 0.5, 0.5, 0.25])
-    # 0 and 1 are epochs, not fractions.
-    assert curve(TrainConfig(epochs=2, lr=1.0, milestones=(0, 1))) == pytest.approx([0.1, 0.01])
-
-
-@pytest.mark.parametrize("point", [0, 1, 3, 0.25, 0.5])
-def test_averaging_starts_at_its_epoch(point):
-    config = TrainConfig(epochs=4, swa_start=point)
-    first = config.moment(point)
-    assert [config.averages(e) for e in range(4)] == [e >= first for e in range(4)]
-    assert not any(TrainConfig(epochs=4).averages(epoch) for epoch in range(4))
+def test_a_loose_clip_changes_nothing(train):
+    plain, clipped = train()[1], train(clip=1e6)[1]
+    assert equal(plain["student"].state_dict(), clipped["student"].state_dict())
 
 
 def test_the_optimizer_gets_the_curve(train, monkeypatch):
@@ -158,24 +167,6 @@ def test_every_trained_network_has_the_same_rate(train, monkeypatch):
     rates = LearningRates(monkeypatch)
     train("peeraid", epochs=2, lr=0.1, milestones=(1,))
     assert rates.seen == pytest.approx([0.1] * 6 + [0.01] * 6)  # two networks, three steps
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 5])
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_which_epochs_take_part_in_the_selection(epochs, every):
-    config = TrainConfig(epochs=epochs, select_every=every, select_dense_from=3)
-    measured = {epoch for epoch in range(epochs) if config.measures(epoch)}
-    assert measured == {*range(0, epochs, every), *range(3, epochs), epochs - 1}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"epochs": 0}, {"epochs": 1.5}, {"lr": 0}, {"lr": "fast"}, {"batch_size": 1}, {"gamma": 2},
-     {"momentum": 1}, {"select": "best"}, {"validation": -1}, {"epoch": 3}],
-)
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        TrainConfig.model_validate({"epochs": 2, **wrong})
 
 
 # What is kept
@@ -221,10 +212,46 @@ def test_the_kept_best_is_the_network_of_that_epoch(train, monkeypatch):
 
 def test_the_average_has_a_best_of_its_own(train, monkeypatch):
     # Epoch 0 measures the student; 1 and 2 the student and then the average.
-    Scripted(monkeypatch, [0.5, 0.1, 0.3, 0.2, 0.2])
-    history, _, keeper = train(epochs=3, swa_start=1)
-    assert keeper.epochs == {"best": 0, "swa": 1, "last": 2, "swa-last": 2}
-    assert [log.swa_robust for log in history] == [None, 0.3, 0.2]
+    for name, options in (("swa", {"swa_start": 1}), ("ema", {"ema": 0.9, "ema_start": 1})):
+        Scripted(monkeypatch, [0.5, 0.1, 0.3, 0.2, 0.2])
+        history, _, keeper = train(epochs=3, **options)
+        assert keeper.epochs == {"best": 0, name: 1, "last": 2, f"{name}-last": 2}
+        assert [log.averages for log in history] == [{}, {name: (0.9, 0.3)}, {name: (0.9, 0.2)}]
+
+
+def test_both_averages_at_once(train, monkeypatch):
+    # Epoch 0 measures the student and ema; 1 and 2 the student, swa and ema.
+    Scripted(monkeypatch, [0.5, 0.1, 0.3, 0.6, 0.2, 0.4, 0.5, 0.1])
+    history, _, keeper = train(epochs=3, swa_start=1, ema=0.9)
+    assert [log.averages for log in history] == [
+        {"ema": (0.9, 0.1)},
+        {"swa": (0.9, 0.6), "ema": (0.9, 0.2)},
+        {"swa": (0.9, 0.5), "ema": (0.9, 0.1)},
+    ]
+    assert keeper.epochs == {"best": 0, "swa": 1, "ema": 1,
+                             "last": 2, "swa-last": 2, "ema-last": 2}
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_moving_average_follows_every_step(train, make_net, start):
+    seen = []
+
+    class Follow(Watcher):
+        def step(self, epoch, step, steps):
+            if epoch >= start:
+                seen.append({k: v.clone() for k, v in nets["student"].state_dict().items()})
+
+    nets = {"student": make_net()}
+    _, _, keeper = train(Plain(), nets=nets, epochs=2, select="last", ema=0.8, ema_start=start,
+                         watcher=Follow())
+    average = keeper.networks["ema-last"][1]
+    for name, value in average.items():
+        expected = seen[0][name]
+        for weights in seen[1:]:
+            expected = (0.8 * expected + 0.2 * weights[name] if value.is_floating_point()
+                        else weights[name])
+        torch.testing.assert_close(value, expected)
+    assert len(seen) == 3 * (2 - start)
 
 
 def test_a_robust_accuracy_of_zero_is_a_best_too(train, monkeypatch):
@@ -238,19 +265,21 @@ def test_the_peer_is_the_partner_of_the_best_student(train, monkeypatch):
 
 
 def test_select_last_keeps_the_last_networks_only(train):
-    for options in ({}, {"swa_start": 1}):
+    for options in ({}, {"swa_start": 1}, {"swa_start": 1, "ema": 0.5}):
         history, _, keeper = train("peeraid", epochs=3, select="last", **options)
-        swa = {"swa-last": 2} if options else {}
-        assert keeper.epochs == {"last": 2, "peer": 2, **swa}
+        averages = {"swa_start": "swa-last", "ema": "ema-last"}
+        assert keeper.epochs == {"last": 2, "peer": 2, **{averages[k]: 2 for k in options}}
         assert all(log.robust is None and log.clean is None for log in history)
         config = TrainConfig(epochs=3, select="last", **options)
         assert set(config.ranked) == keeper.epochs.keys() - {"peer"}
 
 
-def test_ranked_checkpoints_are_kept(train):
-    for options in ({}, {"swa_start": 0.5}):
+def test_what_is_kept_is_what_the_configuration_names(train):
+    for options in ({}, {"swa_start": 0.5}, {"ema": 0.5}, {"swa_start": 0, "ema": 0.5},
+                    {"swa_start": 1, "select": "last"}):
         kept = train(**options)[2].epochs
-        assert set(TrainConfig(epochs=3, **options).ranked) <= kept.keys()
+        config = TrainConfig(epochs=3, **options)
+        assert {*config.ranked, *config.unranked} == kept.keys()
 
 
 def test_accuracies_against_a_direct_count(make_net, make_data):
@@ -288,41 +317,80 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Remembering(Plain):
+    """Weights its loss by what it saw before, in a memory that every step and epoch changes."""
+
+    def memory(self, nets, classes):
+        return {"seen": Remembered(loss=torch.ones(()), epochs=torch.zeros(()))}
+
+    def loss(self, nets, x, x_adv, y):
+        losses, seen = super().loss(nets, x, x_adv, y), nets["seen"]
+        ce = losses.parts["ce"]
+        return Losses({"ce": ce / (seen.loss + seen.epochs)}, {"ce": ce.detach()})
+
+    def after_step(self, nets, x, y, losses):
+        nets["seen"].loss.lerp_(losses.seen["ce"], 0.3)
+
+    def after_epoch(self, nets):
+        nets["seen"].epochs += 1
+
+
 CASES = {
-    "pgd-at": {"milestones": (0.5,), "momentum": 0.9},
-    "peeraid": {"swa_start": 0.5, "milestones": (2,)},
+    "milestones": ("pgd-at", {"milestones": (0.5,), "momentum": 0.9}),
+    "two networks and swa": ("peeraid", {"swa_start": 0.5, "milestones": (2,)}),
+    "ema": ("pgd-at", {"ema": 0.9, "ema_start": 1, "warmup": 2, "schedule": "cosine"}),
+    "memory": (Remembering(), {"swa_start": 1, "ema": 0.7, "schedule": "one-cycle"}),
+    "adamw": ("trades", {"optimizer": "adamw", "lr": 1e-3, "clip": 0.5, "select_every": 2}),
 }
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(train):
-    return {name: train(name, epochs=4, augment=noisy, **options)
-            for name, options in CASES.items()}
+    return {name: train(defense, epochs=4, augment=noisy, **options)
+            for name, (defense, options) in CASES.items()}
 
 
 def noisy(x):
     return (x + 0.01 * torch.randn_like(x)).clamp(0, 1)
 
 
+class StopInEpoch(Watcher):
+    """Presses Ctrl-C when an epoch has been kept."""
+
+    def epoch(self, log):
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("name", CASES)
-@given(stops=st.lists(st.integers(0, 11), min_size=1, max_size=3))
-@settings(max_examples=8)
+@given(stops=st.lists(st.integers(0, 11) | st.none(), min_size=1, max_size=5))
+@settings(max_examples=6)
 def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_bits(
     train, stop_after, make_keeper, uninterrupted, name, stops
 ):
     history, nets, whole = uninterrupted[name]
-    keeper = make_keeper()
+    (defense, options), keeper = CASES[name], make_keeper()
+    again = None
     for steps in (*stops, 100):  # steps taken until the next Ctrl-C; 12 finish the run
+        watcher = StopInEpoch() if steps is None else stop_after(steps)
         try:
-            again, resumed, _ = train(name, epochs=4, augment=noisy, keeper=keeper,
-                                      watcher=stop_after(steps), **CASES[name])
+            again, resumed, _ = train(defense, epochs=4, augment=noisy, keeper=keeper,
+                                      watcher=watcher, **options)
         except KeyboardInterrupt:
-            torch.manual_seed(steps)  # another process has other random numbers
+            torch.manual_seed(steps or 99)  # another process has other random numbers
     assert strip(again) == strip(history)
     assert all(equal(net.state_dict(), resumed[k].state_dict()) for k, net in nets.items())
     assert keeper.epochs == whole.epochs
     for checkpoint, (_, weights) in whole.networks.items():
         assert equal(weights, keeper.networks[checkpoint][1]), checkpoint
+
+
+def test_a_state_of_another_version_is_refused(train, make_keeper):
+    keeper = make_keeper()
+    train(epochs=1, keeper=keeper)
+    keeper.save_state({**keeper.load_state(), "epoch": 1})
+    with pytest.raises(UsageError, match="delete its state.pt"):
+        train(epochs=2, keeper=keeper)
 
 
 def test_a_finished_run_has_nothing_left_to_do(train):
@@ -331,6 +399,7 @@ def test_a_finished_run_has_nothing_left_to_do(train):
     again, _, _ = train(epochs=2, keeper=keeper, watcher=watcher)
     assert again == history
     assert watcher.steps == watcher.epochs == []
+    assert (watcher.begun, watcher.ended) == ([history], 1)
 
 
 def test_the_seed_decides_and_nothing_else_does(train):
@@ -370,7 +439,7 @@ def test_a_loss_that_is_no_number_stops_the_training(train, make_keeper, step):
         return
     assert f"the state after epoch {epoch - 1} is kept" in str(failure.value)
     _, nets, _ = train(Plain(), epochs=epoch)  # the good epochs alone
-    assert state["epoch"] == epoch
+    assert len(state["history"]) == epoch
     assert equal(state["nets"]["student"], nets["student"].state_dict())
 
 
@@ -389,6 +458,58 @@ def test_a_last_batch_of_one_image_is_left_out(train, n, steps):
     assert watcher.epochs == history
     assert int(nets["student"][1].num_batches_tracked) == 2 * steps
     assert history[0].lr == pytest.approx(0.01)  # the last step of an epoch has the next one's
+
+
+# What a watcher is told
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 50])
+def test_losses_on_the_way(train, monkeypatch, every):
+    monkeypatch.setattr("robench.defenses.trainer.CHECK_EVERY", every)
+    watcher = Steps()
+    history, _, _ = train(n=40, epochs=2, watcher=watcher)  # five steps
+    sizes = [min(every, 5 - first) for first in range(0, 5, every)]
+    assert len(watcher.means) == 2 * len(sizes)
+    for log, means in zip(history, (watcher.means[: len(sizes)], watcher.means[len(sizes) :]),
+                          strict=True):
+        for name, value in log.losses.items():
+            whole = sum(m[name] * n for m, n in zip(means, sizes, strict=True)) / 5
+            assert value == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(TrainingFailed, match="epoch 0, step 3 "):
+        train(Plain(nan_at=3), n=40)
+
+
+def test_an_end_follows_every_beginning(train):
+    watcher = Steps()
+    with pytest.raises(TrainingFailed):
+        train(Plain(nan_at=4), watcher=watcher)
+    assert (watcher.begun, watcher.ended, len(watcher.epochs)) == ([[]], 1, 1)
+
+
+@pytest.mark.parametrize(("n", "images"), [(16, 16), (17, 16), (18, 18)])
+def test_images_are_counted(train, n, images):
+    (log,), _, _ = train(n=n, epochs=1)
+    assert log.images == images
+    assert log.images_per_second == images / log.seconds
+
+
+def test_a_loss_that_does_not_move_is_reported_once(train, make_keeper):
+    watcher, keeper = Steps(), make_keeper()
+    options = {"select": "last", "keeper": keeper, "watcher": watcher, "lr": 1e-9}
+    train(epochs=4, **options)
+    assert watcher.warnings == []
+    for epochs in (6, 7):
+        train(epochs=epochs, **options)
+        (text,) = watcher.warnings
+    assert "the loss has not fallen by more than 1% in 5 epochs" in text and "\n" not in text
+
+
+def test_a_collapse_is_reported_once(train, monkeypatch):
+    Scripted(monkeypatch, [0.3, 0.4, 0.0, 0.0], clean=[0.5, 0.6, 0.7, 0.8])
+    watcher = Steps()
+    train(epochs=4, watcher=watcher)
+    (text,) = watcher.warnings
+    assert "catastrophic overfitting in epoch 2: robust accuracy fell to 0.0%" in text
 
 
 # Networks that are given

@@ -1,0 +1,173 @@
+"""Fused: convolutions with what follows them (an addition, a ReLU) as one kernel of oneDNN.
+
+For networks on a CPU whose parameters are frozen: the weights are kept in the layout that the
+kernel wants, and there are gradients for the images alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+_ADD = {operator.add, operator.iadd, torch.add}
+_RELU = {F.relu, torch.relu}
+_BATCH = 32  # the weights' layout is chosen for such batches
+
+
+def fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
+    """The model itself, its convolutions replaced; unchanged where the kernels are missing.
+
+    Args:
+        model: frozen, in eval mode; in-place operations must not write what others read.
+        sample: (N, C, H, W) images of the type that the network takes.
+    """
+    if not _available(sample):
+        return model
+    with torch.no_grad():
+        ShapeProp(model).propagate(sample[:1])
+    for node in list(model.graph.nodes):
+        conv = _module(model, node, nn.Conv2d)
+        if conv is None or not _fits(conv) or _calls(model, node) > 1:
+            continue
+        last, other = _added(node)
+        relu = _followed(model, last)
+        if relu is not None:
+            last = relu
+        shape = node.args[0].meta["tensor_meta"].shape
+        model.set_submodule(str(node.target), Fused(conv, shape[2:], relu is not None))
+        _replace(model, node, last, other)
+    model.recompile()
+    model.delete_all_unused_submodules()
+    return model
+
+
+class Fused(nn.Conv2d):
+    """relu(conv(x) + other); the addition and the ReLU are optional.
+
+    forward takes x (N, C, H, W) and other, of the shape of the output, or None.
+    """
+
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], relu: bool) -> None:
+        """size: of the usual images of this layer."""
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(conv))
+        self.relu = relu
+        assert not isinstance(conv.padding, str)
+        self._around: tuple[int, ...] = conv.padding
+        batch = [_BATCH, conv.in_channels, *size]
+        self._packed = torch.ops.mkldnn._reorder_convolution_weight(
+            conv.weight.detach(), *self._how(self._around), batch)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or getattr(other, "requires_grad", False)):
+            made: Tensor = _Differentiable.apply(self, x, other)
+            return made
+        return self.run(x, other)
+
+    def run(
+        self, x: Tensor, other: Tensor | None, padding: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Without a gradient, and with another padding if need be."""
+        relu, how = "relu" if self.relu else "none", self._how(padding or self._around)
+        call = torch.ops.mkldnn._convolution_pointwise
+        made: Tensor = (
+            call(x, self._packed, self.bias, *how, relu, [], "") if other is None else
+            call.binary(x, other, self._packed, self.bias, *how, "add", None,
+                        "relu" if self.relu else None, [], None))
+        return made
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Of the input, from that of the convolution's output."""
+        made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            grad, x, self.weight, None, self.stride, self.padding, self.dilation, False, [0, 0],
+            self.groups, [True, False, False])
+        return made[0]
+
+    def _how(self, padding: tuple[int, ...]) -> tuple[Any, ...]:
+        return padding, self.stride, self.dilation, self.groups
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: Fused, x: Tensor, other: Tensor | None) -> Tensor:
+        y = layer.run(x, other)
+        ctx.layer, ctx.adds = layer, other is not None
+        ctx.save_for_backward(x, y if layer.relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        x, y = ctx.saved_tensors
+        # Mixed layouts would be slow in all that follows.
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        return None, ctx.layer.gradient(grad, x), grad if ctx.adds else None
+
+
+def _available(sample: Tensor) -> bool:
+    kinds = (torch.float32, torch.bfloat16)
+    return (sample.device.type == "cpu" and sample.dtype in kinds
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+            and (sample.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def _fits(conv: nn.Conv2d) -> bool:
+    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str) and conv.groups == 1)
+
+
+def _added(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(the addition of another map of the same shape that alone uses the node, that map)."""
+    user = _only_user(node)
+    if user is None or user.op != "call_function" or user.target not in _ADD or user.kwargs:
+        return node, None
+    others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+    shapes = [a.meta["tensor_meta"].shape for a in (node, *others) if "tensor_meta" in a.meta]
+    if len(user.args) != 2 or len(others) != 1 or len(set(shapes)) != 1 or len(shapes) != 2:
+        return node, None
+    return user, others[0]
+
+
+def _followed(model: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The ReLU that alone uses the node."""
+    user = _only_user(node)
+    if user is None:
+        return None
+    called = user.op == "call_function" and user.target in _RELU
+    return user if called or _module(model, user, nn.ReLU) is not None else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _module(model: fx.GraphModule, node: fx.Node, kind: type[nn.Module]) -> Any:
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if type(module) is kind else None
+
+
+def _calls(model: fx.GraphModule, node: fx.Node) -> int:
+    return sum(1 for n in model.graph.nodes if n.op == "call_module" and n.target == node.target)
+
+
+def _replace(
+    model: fx.GraphModule, conv: fx.Node, last: fx.Node, other: fx.Node | None
+) -> None:
+    """One call in the place of the last one of those that it replaces."""
+    with model.graph.inserting_before(last):
+        arguments = (conv.args[0],) if other is None else (conv.args[0], other)
+        made = model.graph.call_module(str(conv.target), arguments)
+        made.meta = dict(last.meta)
+    last.replace_all_uses_with(made)
+    model.graph.erase_node(last)
+    for node in reversed(list(model.graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_module") and node is not made:
+            model.graph.erase_node(node)

@@ -1,0 +1,91 @@
+"""What survives a training: its networks, and the state from which it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from robench.defenses.averaging import Average
+from robench.defenses.config import TrainConfig
+from robench.defenses.history import STUDENT, EpochLog, is_best
+from robench.errors import UsageError
+
+
+class Keeper(Protocol):
+    """Where a training run keeps what must survive it."""
+
+    def load_state(self) -> dict[str, Any] | None: ...
+    def save_state(self, state: dict[str, Any]) -> None: ...
+    def save_network(self, name: str, net: nn.Module, epoch: int) -> None: ...
+
+
+@dataclass
+class Progress:
+    """All that changes in a training. Epochs are seeded by number, so no generator is kept.
+
+    Attributes:
+        nets: the trained networks.
+        optimizers: one for each of `nets`.
+        memory: what the defense remembers.
+        averages: "swa" and "ema", those that are wanted.
+        history: one log for each epoch that is over.
+    """
+
+    nets: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    memory: dict[str, nn.Module]
+    averages: dict[str, Average]
+    history: list[EpochLog] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """The next one."""
+        return len(self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            group: {name: part.state_dict() for name, part in parts.items()}
+            for group, parts in self._parts().items()
+        }
+        return state | {"history": [asdict(log) for log in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UsageError for a state of another version of robench."""
+        groups = self._parts()
+        if state.keys() != groups.keys() | {"history"}:
+            raise UsageError("the unfinished training is of another version of robench: delete "
+                             "its state.pt to train again")
+        for group, parts in groups.items():
+            for name, part in parts.items():
+                part.load_state_dict(state[group][name])
+        self.history[:] = [EpochLog(**log) for log in state["history"]]
+
+    def _parts(self) -> dict[str, Mapping[str, Any]]:
+        return {"nets": self.nets, "optimizers": self.optimizers, "memory": self.memory,
+                "averages": self.averages}
+
+
+def keep_networks(
+    keeper: Keeper, progress: Progress, averaged: Mapping[str, nn.Module], config: TrainConfig
+) -> None:
+    """Hand over the networks that the epoch just over made best or last.
+
+    averaged: the networks of the averages that have begun.
+    """
+    history, epoch = progress.history, progress.epoch - 1
+    student = progress.nets[STUDENT]
+    partners = {name: net for name, net in progress.nets.items() if net is not student}
+    kept: dict[str, nn.Module] = {}
+    if is_best(history):
+        kept |= {"best": student, **partners}  # the partners of the best student
+    kept |= {name: net for name, net in averaged.items() if is_best(history, name)}
+    if progress.epoch == config.epochs:
+        kept |= {"last": student, **{f"{name}-last": net for name, net in averaged.items()}}
+        if config.select == "last":
+            kept |= partners
+    for name, net in kept.items():
+        keeper.save_network(name, net, epoch)
