@@ -250,7 +250,7 @@ def attack(
     click.echo(f"wrote {spec.out}/speed.md and .csv", err=True)
 
 
-@speed.command(params=[parameter for parameter in _of_eval() if parameter.name != "zoo"], epilog="""\b
+@speed.command(params=[option for option in _of_eval() if option.name != "zoo"], epilog="""\b
 Examples:
   robench speed train --model small-resnet --threads 1
   robench speed train --defense trades --dataset cifar10 --data-root data --steps 20

@@ -130,10 +130,12 @@ def speed_train(
     """
     device, reporter = pick_device(spec.device), Reporter(quiet=quiet)
     case = _case(spec, batch_size, steps, device)
+    defenses = {name: make_defense(name, case.threat).at(Moment(0, 1))
+                for name in spec.defenses or DEFENSES}
     boards, rows, text = list[Board](), list[dict[str, Any]](), ""
     with using_threads(threads):
-        for name in spec.defenses or DEFENSES:
-            lines = _lines(name, case, spec.seeds[0], steps, repeats, reporter)
+        for name, defense in defenses.items():
+            lines = _lines(name, defense, case, spec.seeds[0], steps, repeats, reporter)
             boards.append(_board(name, lines, case, steps, repeats))
             rows += [_row(name, case, steps, line) for line in lines]
             text = "\n".join(["# Speed of training\n", *map(markdown, boards)])
@@ -159,9 +161,9 @@ def _case(spec: RunSpec, batch_size: int, steps: int, device: torch.device) -> C
 
 
 def _lines(
-    name: str, case: Case, seed: int, steps: int, repeats: int, reporter: Reporter
+    name: str, defense: Defense, case: Case, seed: int, steps: int, repeats: int,
+    reporter: Reporter,
 ) -> list[Line]:
-    defense = make_defense(name, case.threat).at(Moment(0, 1))
     loops = [_plain(defense, case, torch.contiguous_format, "plain loop"),
              _plain(defense, case, torch.channels_last, "plain loop, channels_last"),
              _ours(defense, case, "fp32"), _ours(defense, case, "bf16")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent, Start
 from robench.attacks.base import Mode, frozen
+from robench.attacks.objectives import ce, kl
 from robench.attacks.threat import ThreatModel
 from robench.options import checked
 from robench.registry import Registry
@@ -194,6 +195,14 @@ class Adversarial(Defense):
         """
         with frozen(*others), frozen(net, mode=self.craft_mode):
             return self.ascent.maximize(objective, x)
+
+    def attack_labels(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Maximize CE(net(x'), y)."""
+        return self.attack(net, x, lambda z: ce(net(z), y))
+
+    def attack_target(self, net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Maximize KL(target || net(x')), target being fixed logits (N, K)."""
+        return self.attack(net, x, lambda z: kl(target, net(z)))
 
     def label_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits (N, K) with labels (N,), mean over the batch."""

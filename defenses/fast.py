@@ -62,7 +62,7 @@ class View(nn.Module):
         self._passes: deque[_Pass] = deque(maxlen=REMEMBERED)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         net: nn.Module = self.net
         return net.training
 

@@ -63,8 +63,7 @@ class ADR(Adversarial):
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
         student = nets["student"]
         if self.loss_kind == "trades":
-            clean = clean_logits(student, x)
-            return self.attack(student, x, lambda z: kl(clean, student(z)))
+            return self.attack_target(student, x, clean_logits(student, x))
         labels = self._labels(nets, x, y)
         return self.attack(
             student, x, lambda z: F.cross_entropy(student(z), labels, reduction="none")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from robench.attacks.ascent import Start
 from robench.attacks.base import Mode
-from robench.attacks.objectives import ce
 from robench.defenses.base import DEFENSES, Adversarial, Losses, Nets, clean_logits
 
 
@@ -42,8 +41,7 @@ class AKD2(Adversarial):
     teacher_weight: float = 0.6
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         adv = nets["student"](x_adv)

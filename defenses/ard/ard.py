@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robench.attacks.ascent import Start
 from robench.attacks.base import Mode
-from robench.attacks.objectives import ce, kl
+from robench.attacks.objectives import kl
 from robench.defenses.base import (
     DEFENSES,
     Adversarial,
@@ -40,8 +40,7 @@ class ARD(Adversarial):
     alpha: float = 1.0
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student, t = nets["student"], self.temperature

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robench.attacks.objectives import ce, kl
+from robench.attacks.objectives import kl
 from robench.defenses.base import DEFENSES, Adversarial, Losses, Nets, clean_logits
 
 
@@ -42,10 +42,9 @@ class CAT(Adversarial):
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
         student, peer = nets["student"], nets["peer"]
-        clean = clean_logits(student, x)
-        x1 = self.attack(student, x, lambda z: kl(clean, student(z)))
+        x1 = self.attack_target(student, x, clean_logits(student, x))
         uniform = replace(self, start="uniform", clamp_start=True)
-        x2 = uniform.attack(peer, x, lambda z: ce(peer(z), y))
+        x2 = uniform.attack_labels(peer, x, y)
         return torch.cat([x1, x2])
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:

@@ -30,8 +30,7 @@ class _Introspective(Adversarial):
     beta: float = 0.1
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def _trust(self, teacher: Tensor, y: Tensor) -> Tensor:
         """A (N,), from the teacher's logits (N, K) on adversarial images."""

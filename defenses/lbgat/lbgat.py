@@ -34,8 +34,7 @@ class LBGAT(Adversarial):
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
         student = nets["student"]
-        clean = clean_logits(student, x)
-        return self.attack(student, x, lambda z: kl(clean, student(z)))
+        return self.attack_target(student, x, clean_logits(student, x))
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student = nets["student"]

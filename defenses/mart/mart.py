@@ -32,8 +32,7 @@ class MART(Adversarial):
     beta: float = 5.0
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student = nets["student"]

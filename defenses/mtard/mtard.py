@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robench.attacks.objectives import ce, kl
+from robench.attacks.objectives import kl
 from robench.defenses.base import (
     DEFENSES,
     Adversarial,
@@ -54,8 +54,7 @@ class MTARD(Adversarial):
         return replace(self, rate=self.rate * now.lr_share)
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student, balance = nets["student"], nets["balance"].get_buffer("natural")

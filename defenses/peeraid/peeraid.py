@@ -56,8 +56,7 @@ class PeerAiD(Adversarial):
     detach_clean: bool = False
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student, target = nets["student"], clean_logits(nets["peer"], x)
-        return self.attack(student, x, lambda z: kl(target, student(z)))
+        return self.attack_target(nets["student"], x, clean_logits(nets["peer"], x))
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student, peer = nets["student"], nets["peer"]

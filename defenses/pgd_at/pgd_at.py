@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robench.attacks.ascent import Start
-from robench.attacks.objectives import ce
 from robench.defenses.base import DEFENSES, Adversarial, Losses, Nets
 
 
@@ -30,8 +29,7 @@ class PGDAT(Adversarial):
     extra_clean_forward: bool = False
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student = nets["student"]
-        return self.attack(student, x, lambda z: ce(student(z), y))
+        return self.attack_labels(nets["student"], x, y)
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         return Losses({"ce_adv": self.label_loss(nets["student"](x_adv), y)})

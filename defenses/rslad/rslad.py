@@ -34,8 +34,7 @@ class RSLAD(Adversarial):
     adversarial_share: float = 5 / 6
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
-        student, target = nets["student"], clean_logits(nets["teacher"], x)
-        return self.attack(student, x, lambda z: kl(target, student(z)))
+        return self.attack_target(nets["student"], x, clean_logits(nets["teacher"], x))
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         student = nets["student"]
