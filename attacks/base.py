@@ -42,7 +42,7 @@ class Attack(Protocol):
 
 
 def _builtin() -> None:
-    for name in ("gradient", "apgd", "fab", "square", "minimum", "autoattack"):
+    for name in ("gradient", "apgd", "fab", "square", "minimum", "autoattack", "union"):
         importlib.import_module(f"robench.attacks.{name}")
 
 

@@ -271,7 +271,10 @@ class Search:
 
     def judge(self, image: Tensor, candidate: Tensor) -> Tensor:
         x, y = self._x[image], self._y[image]
-        verdict = verify(self._judge_model, x, candidate, y, self._attack.threat)
+        threat = self._attack.threat
+        if self._stage < len(self._stages):
+            threat = self._stages[self._stage].stepper.threat
+        verdict = verify(self._judge_model, x, candidate, y, threat)
         self._passes[0] += len(y)
         self._violations += int(verdict.outside.sum())
         fooled = verdict.fooled | ~self._standing[image]
@@ -282,7 +285,10 @@ class Search:
         self._x_adv[image[rows]] = candidate[rows]
         self._standing[image[rows]] = False
         self._fell_to[names[first]] = self._stage
-        self._distance[names[first]] = verdict.distance[rows].cpu().numpy()
+        distance = verdict.distance[rows].cpu().numpy()
+        if threat != self._attack.threat:  # of a union: the same share of its eps
+            distance *= self._attack.threat.eps / threat.eps
+        self._distance[names[first]] = distance
         return fooled
 
     def ended(self, image: Tensor, number: Tensor, last: Tensor) -> None:

@@ -15,6 +15,7 @@ import robench
 from robench.attacks.base import frozen
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
+from robench.attacks.union import Union
 from robench.attacks.verify import full_precision
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
 from robench.benchmark.checkpoints import Header, read_header, weights_sha256
@@ -103,10 +104,13 @@ class Matrix:
         self.measured = 0
 
     def check_pooled(self, otherwise: str) -> None:
-        """Raises UsageError for attacks of other libraries."""
+        """Raises UsageError for attacks of other libraries, and under several threat models."""
         for attack in self.attacks:
-            if not isinstance(attack.build(self.threat), Pooled):
+            made = attack.build(self.threat)
+            if not isinstance(made, Pooled):
                 raise UsageError(f"{attack.label} is no attack of robench: it {otherwise}")
+            if isinstance(made, Union):
+                raise UsageError(f"{attack.label} has several threat models: it {otherwise}")
 
     def run(self) -> Results:
         spec = self.spec

@@ -134,3 +134,30 @@ def test_every_part_alone_agrees_with_its_place_in_the_ensemble():
     for index, standing in enumerate(alone):
         fell_before = (whole.fell_to >= 0) & (whole.fell_to < index)
         assert ((whole.fell_to == index) == (~standing & ~fell_before)).all()
+
+
+def test_union_attacks_what_stands_under_each_threat_model():
+    """The logits differ by 32 - sum x: 64 pixels by eps each, or 64 times as much by one."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).requires_grad_(False)
+    model[1].weight.copy_(torch.stack([torch.zeros(64), torch.ones(64)]))
+    model[1].bias.copy_(torch.tensor([32.0, 0.0]))
+    x = 0.5 - torch.tensor([0.009, 0.0156])[:, None, None, None].expand(2, 1, 8, 8)
+    y = torch.zeros(2, dtype=torch.long)
+    attack = make_attack("union", ThreatModel("Linf", 0.011), also="L1:1.5")
+    found = Search(attack, model, x, y, seed=0).run()
+    names = [found.stages[stage] if stage >= 0 else "" for stage in found.fell_to]
+    assert names == ["Linf:0.011 apgd-ce", "L1:1.5 apgd-ce"]
+    assert found.stages[0].startswith("Linf:0.011 ") and found.stages[-1] == "L1:1.5 square"
+    assert (found.distance <= 0.011 * (1 + 1e-6)).all()  # in L1 as a share of its eps
+    assert found.distance[1] > 0.011 * (64 * 0.0156) / 1.5
+    x_adv = attack(model, x, y)
+    assert (x_adv[0] != x[0]).any() and torch.equal(x_adv[1:], x[1:])
+    assert list(attack.config(2)["stages"]) == list(found.stages)
+
+
+def test_union_wants_different_threat_models():
+    with pytest.raises(UsageError, match="write Linf:8/255"):
+        make_attack("union", LINF, also="Linf:8")
+    with pytest.raises(UsageError, match="not different"):
+        make_attack("union", LINF, also="L2:0.5+L2:0.5")
+    assert make_attack("union", ThreatModel("L2", 0.5)).others == (ThreatModel("L1", 12.0),)
