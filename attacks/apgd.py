@@ -16,7 +16,7 @@ from robench.attacks.network import Network, Precision
 from robench.attacks.objectives import TARGETED, cw_margin, objective
 from robench.attacks.pool import State, Step, Stepper, Units, per_image
 from robench.attacks.search import Stage
-from robench.attacks.threat import ThreatModel
+from robench.attacks.threat import ThreatModel, lengths
 from robench.errors import UsageError
 
 # loss -> (classes that it needs, what takes its place where there are fewer)
@@ -287,8 +287,7 @@ class APGD(Ascending):
 
 def _norm(x: Tensor) -> Tensor:
     """L2 norms of (N, C, H, W), as (N, 1, 1, 1)."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
-    return norms
+    return per_image(lengths("L2", x.flatten(1)))
 
 
 def _l1_period(steps: int) -> int:

@@ -12,11 +12,10 @@ from robench.attacks.network import Network, Objective, Precision
 from robench.attacks.objectives import cw_margin, objective
 from robench.attacks.pool import State, Step, Units, per_image
 from robench.attacks.search import OneStage
-from robench.attacks.threat import Norm, ThreatModel
+from robench.attacks.threat import DUAL, ThreatModel, lengths
 from robench.errors import UsageError
 
 _TINY, _HUGE = 1e-30, 1e32
-_DUAL: dict[Norm, Norm] = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
 _PAPER = "Croce and Hein 2020, arXiv 1907.02044"
 _TARGETED_PAPER = _PAPER + "; targeted: Croce and Hein 2020, arXiv 2003.01690"
 # More change nothing unless the box ends within 0.1 % of the plane.
@@ -99,7 +98,7 @@ class FAB(OneStage):
         way = (noise.uniform(pixels, dtype=dtype) * 2 - 1 if threat.norm == "Linf"
                else noise.normal(pixels, dtype=dtype))
         radius = (units.number % self.restarts != 0).to(dtype) * (threat.eps / 2)
-        length = _length(threat.norm, way).clamp_min(_TINY)
+        length = lengths(threat.norm, way).clamp_min(_TINY)
         start = torch.addcmul(base, (radius / length)[:, None], way)
         return start.clamp_(threat.low, threat.high).view_as(units.x)
 
@@ -108,7 +107,7 @@ class FAB(OneStage):
         gap, normal = self._plane(net, units)
         candidate = self._advanced(units, gap, normal.flatten(1))
         margin = cw_margin(net.logits(candidate), units.y)
-        norm = _length(threat.norm, (candidate - units.x).flatten(1))
+        norm = lengths(threat.norm, (candidate - units.x).flatten(1))
         wrong = margin > units.bar
         closer = wrong & (norm < state["best_norm"])
         # torch.lerp is exact at 0 and 1, and faster than torch.where.
@@ -141,7 +140,7 @@ class FAB(OneStage):
         return nearest[:2]
 
     def _distance(self, gap: Tensor, normal: Tensor) -> Tensor:
-        slope = _length(_DUAL[self.threat.norm], normal.flatten(1))
+        slope = lengths(DUAL[self.threat.norm], normal.flatten(1))
         return gap.abs() / slope.clamp_min(_TINY)
 
     def _advanced(self, units: Units, gap: Tensor, normal: Tensor) -> Tensor:
@@ -151,8 +150,8 @@ class FAB(OneStage):
         gap_of_x = gap + (x - point).mul_(normal).sum(1)
         moves = onto_plane(
             threat, torch.stack([point, x], 1), torch.stack([gap, gap_of_x], 1), normal)
-        lengths = _length(threat.norm, moves).clamp_min(1e-8)
-        alpha = (lengths[:, :1] / lengths.sum(1, keepdim=True)).clamp_max(self.alpha_max)
+        far = lengths(threat.norm, moves).clamp_min(1e-8)
+        alpha = (far[:, :1] / far.sum(1, keepdim=True)).clamp_max(self.alpha_max)
         mixture = torch.lerp(point, x, alpha)
         mixture.add_(torch.lerp(moves[:, 0], moves[:, 1], alpha), alpha=self.eta)
         return mixture.clamp_(threat.low, threat.high).view_as(units.x)
@@ -226,15 +225,6 @@ def _steepest_first(slope: Tensor, room: Tensor, need: Tensor) -> Tensor:
     done, most = ((slope * moved).sum(-1, keepdim=True) for moved in (sure, possible))
     share = (need - done) / (most - done).clamp_min(_TINY)
     return sure.lerp_(possible, share.clamp_(0, 1))
-
-
-def _length(norm: Norm, vectors: Tensor) -> Tensor:
-    """Norms of vectors (..., D)."""
-    if norm == "L2":
-        length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-        return length
-    sizes = vectors.abs()
-    return sizes.amax(-1) if norm == "Linf" else sizes.sum(-1)
 
 
 @ATTACKS.register(

@@ -21,7 +21,7 @@ from robench.attacks.objectives import cw_margin
 from robench.attacks.pool import State, Step, Units, new_units, per_image
 from robench.attacks.prepare import Prepared, prepared
 from robench.attacks.search import OneStage, Pooled
-from robench.attacks.threat import ThreatModel
+from robench.attacks.threat import DUAL, ThreatModel, lengths
 from robench.attacks.verify import verify
 from robench.errors import UsageError
 
@@ -30,7 +30,6 @@ BATCH = 256  # units that `minimum_norm` runs at once
 # points lie so close to the boundary that another rounding may put them on its other side.
 LENGTHS = (1.0, 1.001, 1.01, 1.1)
 _ORDER = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}
-_DUAL = {"Linf": 1.0, "L2": 2.0, "L1": math.inf}
 _NEWTON_STEPS = 10
 
 
@@ -68,7 +67,7 @@ class _Shrinking(OneStage):
         logits, _, grad = net.gradient(x_adv, lambda logits: self._loss(logits, units.y))
         margin = cw_margin(logits, units.y)
         delta = x_adv - x
-        norm = _norm(delta, _ORDER[self.threat.norm])
+        norm = lengths(self.threat.norm, delta.flatten(1))
         # The clean image itself is no find, even where a low precision takes it for one.
         wrong = (margin > units.bar) & (norm > 0)
         better = wrong & (norm < state["best_norm"])
@@ -79,7 +78,7 @@ class _Shrinking(OneStage):
         last = units.step + 1 >= self.steps
         state["radius"] = torch.where(last, radius.clamp_max(self._inside(x)), radius)
         size = self._annealed(units, self.alpha_init, self.alpha_final)
-        moved = delta.addcmul_(grad, per_image(size / _positive(_norm(grad, 2.0))))
+        moved = delta.addcmul_(grad, per_image(size / _positive(lengths("L2", grad.flatten(1)))))
         moved = self._onto(moved, state["radius"])
         state["x_adv"] = moved.add_(x).clamp_(self.threat.low, self.threat.high)
         return Step(x_adv, torch.where(norm <= self.threat.eps, margin, -torch.inf))
@@ -159,7 +158,7 @@ class DDN(_Shrinking):
         return radius.clamp_max(_diagonal(self.threat, units.x))
 
     def _onto(self, delta: Tensor, radius: Tensor) -> Tensor:
-        return delta.mul_(per_image(radius / _positive(_norm(delta, 2.0))))
+        return delta.mul_(per_image(radius / _positive(lengths("L2", delta.flatten(1)))))
 
 
 @ATTACKS.register(
@@ -201,7 +200,7 @@ class FMN(_Shrinking):
     ) -> Tensor:
         radius, nearest = units.state["radius"], units.state["best_norm"]
         gamma = self._annealed(units, self.gamma_init, self.gamma_final)
-        slope = _positive(_norm(grad, _DUAL[self.threat.norm]))
+        slope = _positive(lengths(DUAL[self.threat.norm], grad.flatten(1)))
         estimate = norm + (margin - units.bar).abs() / slope
         grown = torch.where(nearest < torch.inf, radius, estimate) * (1 + gamma)
         return torch.where(wrong, torch.minimum(radius * (1 - gamma), nearest), grown)
@@ -211,7 +210,7 @@ class FMN(_Shrinking):
             return _clipped(delta, per_image(radius))
         if self.threat.norm == "L1":
             delta = _thresholded(delta, radius)
-        norm = _positive(_norm(delta, _ORDER[self.threat.norm]))
+        norm = _positive(lengths(self.threat.norm, delta.flatten(1)))
         return delta.mul_(per_image((radius / norm).clamp_max(1)))
 
 
@@ -298,15 +297,6 @@ def _check(attack: _Shrinking, *factors: str) -> None:
     for name in factors:
         if name.startswith("gamma") and not getattr(attack, name) < 1:
             raise UsageError(f"{name} must be < 1, not {getattr(attack, name)}")
-
-
-def _norm(images: Tensor, order: float) -> Tensor:
-    """(N,) norms of (N, C, H, W), on a CPU many times as fast as vector_norm alone."""
-    flat = images.flatten(1)
-    if order == 2:
-        norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
-        return norms
-    return flat.abs().sum(1) if order == 1 else flat.abs().amax(1)
 
 
 def _positive(values: Tensor) -> Tensor:

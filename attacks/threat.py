@@ -15,8 +15,18 @@ from robench.options import parse_number
 
 Norm = Literal["Linf", "L2", "L1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+DUAL: dict[Norm, Norm] = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
 _ALIASES = {"linf": "Linf", "l_inf": "Linf", "inf": "Linf", "l2": "L2", "l_2": "L2", "l1": "L1",
             "l_1": "L1"}
+
+
+def lengths(norm: Norm, vectors: Tensor) -> Tensor:
+    """Norms (...) of vectors (..., D), on a CPU many times as fast as vector_norm alone."""
+    if norm == "L2":
+        length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+        return length
+    sizes = vectors.abs()
+    return sizes.amax(-1) if norm == "Linf" else sizes.sum(-1)
 
 
 def format_eps(eps: float) -> str:
@@ -77,10 +87,7 @@ class ThreatModel:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """(N,) norms of x_adv - x, in float64 so that a sum over many pixels is exact enough."""
-        flat = (x_adv.double() - x.double()).flatten(1)
-        order = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}[self.norm]
-        norms: Tensor = torch.linalg.vector_norm(flat, ord=order, dim=1)
-        return norms
+        return lengths(self.norm, (x_adv.double() - x.double()).flatten(1))
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The allowed image nearest to x_adv (in L2), for x inside [low, high]. Same shape."""
