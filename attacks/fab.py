@@ -203,7 +203,9 @@ def _level(weight: Tensor, limit: Tensor, need: Tensor) -> Tensor:
         reached = torch.minimum(limit, level, out=part).mul_(weight).sum(-1, keepdim=True)
         slope = torch.gt(limit, level, out=part).mul_(weight).sum(-1, keepdim=True)
         ahead = level + (need - reached) / slope.clamp_min(_TINY)
-        level = torch.maximum(level, ahead).clamp_max_(_HUGE)
+        before, level = level, torch.maximum(level, ahead).clamp_max_(_HUGE)
+        if level.device.type == "cpu" and torch.equal(level, before):
+            break  # a GPU would have to be waited for
     return level
 
 

@@ -59,9 +59,18 @@ class Fused(nn.Conv2d):
         self.relu = relu
         assert not isinstance(conv.padding, str)
         self._around: tuple[int, ...] = conv.padding
-        batch = [_BATCH, conv.in_channels, *size]
-        self._packed = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight.detach(), *self._how(self._around), batch)
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        weight, shape = conv.weight.detach(), [_BATCH, conv.in_channels, *size]
+        self._packed = pack(weight, *self._how(self._around), shape)
+        # Back through a convolution of stride 1 the way is a convolution, too.
+        back = [k - 1 - p for k, p in zip(conv.kernel_size, self._around, strict=True)]
+        self._back: Tensor | None = None
+        if set(conv.stride) == set(conv.dilation) == {1} and min(back) >= 0:
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous(
+                memory_format=torch.channels_last)
+            shape = [_BATCH, conv.out_channels, *(n + k - 1 - 2 * b for n, k, b in zip(
+                size, conv.kernel_size, back, strict=True))]
+            self._back, self._back_around = pack(turned, *self._how(tuple(back)), shape), back
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or getattr(other, "requires_grad", False)):
@@ -73,16 +82,25 @@ class Fused(nn.Conv2d):
         self, x: Tensor, other: Tensor | None, padding: tuple[int, ...] | None = None
     ) -> Tensor:
         """Without a gradient, and with another padding if need be."""
-        relu, how = "relu" if self.relu else "none", self._how(padding or self._around)
+        how, relu = self._how(padding or self._around), "relu" if self.relu else "none"
         call = torch.ops.mkldnn._convolution_pointwise
-        made: Tensor = (
-            call(x, self._packed, self.bias, *how, relu, [], "") if other is None else
-            call.binary(x, other, self._packed, self.bias, *how, "add", None,
-                        "relu" if self.relu else None, [], None))
+        if other is None:
+            made: Tensor = call(x, self._packed, self.bias, *how, relu, [], "")
+        elif x.dtype == torch.bfloat16:
+            made = call.binary(x, other, self._packed, self.bias, *how, "add", None,
+                               "relu" if self.relu else None, [], None)
+        else:  # in float32 the kernel's own addition is slower than two passes in place
+            made = call(x, self._packed, self.bias, *how, "none", [], "").add_(other)
+            if self.relu:
+                made.relu_()
         return made
 
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Of the input, from that of the convolution's output."""
+        if self._back is not None:
+            back: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                grad, self._back, None, *self._how(tuple(self._back_around)), "none", [], "")
+            return back
         made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             grad, x, self.weight, None, self.stride, self.padding, self.dilation, False, [0, 0],
             self.groups, [True, False, False])
@@ -119,8 +137,8 @@ def _available(sample: Tensor) -> bool:
 
 
 def _fits(conv: nn.Conv2d) -> bool:
-    return (type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str) and conv.groups == 1)
+    return (conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+            and conv.groups == 1)
 
 
 def _added(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -18,7 +18,7 @@ from robench.attacks.fused import Fused
 # Used where the estimated work is at most this share of the whole network's. Work is counted in
 # float32 multiplications: those of the layers, and what it costs to move a value and, per batch
 # and thread, to cut a window out, with all that goes with it. Measured on an AMD EPYC.
-PAYS = 0.85
+PAYS = 0.9
 _MOVED, _CALLED = 40, 15_000_000
 LIMITS = (0.2, 0.35, 0.5, 0.65, 0.8)  # shares of the map among which a plan has the choice
 

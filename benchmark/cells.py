@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import multiprocessing
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -16,7 +20,7 @@ from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
 from robench.benchmark.logs import Run, Several, TrainingCsv, find_watcher, start_watcher
 from robench.benchmark.models import source_hash
-from robench.benchmark.progress import EpochWatcher, Reporter
+from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update
 from robench.benchmark.recipe import (
     ModelSpec,
     Settings,
@@ -26,12 +30,14 @@ from robench.benchmark.recipe import (
     settings_for,
     train_config,
 )
-from robench.benchmark.sources import Network
+from robench.benchmark.sources import Network, pick_device
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.defenses.base import DEFENSES, Defense, make_defense, options_of
 from robench.defenses.config import TrainConfig
+from robench.defenses.distributed import Team, check_splits
 from robench.defenses.history import EpochLog, catastrophic_epoch, robust_overfitting
-from robench.defenses.trainer import TrainingFailed, fit
+from robench.defenses.launch import check_devices, launch
+from robench.defenses.trainer import ALONE, TrainingFailed, Watcher, fit
 from robench.errors import UsageError
 from robench.randomness import seeded
 
@@ -49,6 +55,7 @@ class Cell:
     header: Header
     baseline: bool = False
     logs: tuple[str, ...] = ()  # of --log
+    devices: int = 1  # that train it together
 
     @property
     def label(self) -> str:
@@ -76,7 +83,8 @@ class Cell:
         path = self.folder / "done.json"
         try:
             content = json.loads(path.read_text())
-            return Result(content["seconds"], [EpochLog.read(log) for log in content["history"]])
+            history = [EpochLog.read(log) for log in content["history"]]
+            return Result(content["seconds"], history, content.get("devices", 1))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -110,10 +118,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training."""
+    """A finished training. `devices` trained it together."""
 
     seconds: float
     history: list[EpochLog] = field(default_factory=list)
+    devices: int = 1
 
     @property
     def robust_overfitting(self) -> float | None:
@@ -131,6 +140,8 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
 
     Raises UsageError for unknown names and for settings that the recipe does not have.
     """
+    if spec.devices > 1:
+        check_devices(spec.devices, pick_device(spec.device))
     planner = _Planner(spec, dataset, teacher)
     baselines = _expand(spec.baselines, spec.recipe, dataset.name)
     names = list(dict.fromkeys([*baselines, *_expand(spec.defenses, spec.recipe, dataset.name)]))
@@ -174,6 +185,8 @@ class _Planner:
         threat = ThreatModel.parse(released or spec.threat or default_threat(dataset.name))
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
+        if spec.devices > 1:
+            check_splits(name, defense)
         teachers: dict[str, Cell | Network] = {
             role: (self.teacher if role == "teacher" else None)
             or self._taught(role, name, taught_by, seed)
@@ -219,7 +232,12 @@ class _Planner:
             header=header,
             baseline=baseline,
             logs=spec.logs,
+            devices=spec.devices,
         )
+        together = (cell.result() or cell).devices  # that have trained it, or will
+        if together > 1:  # rounding differs, so one may want to know
+            notes = (*settings.notes, f"trained on {together} devices together")
+            cell = replace(cell, spec=cell_spec.model_copy(update={"notes": notes}))
         if key not in self.cells or baseline:
             self.cells[key] = cell
         return cell
@@ -249,6 +267,8 @@ class _Planner:
             overrides["epochs"] = self.spec.epochs
         if self.spec.smoke:
             overrides |= {"epochs": 1, "batch_size": SMOKE_IMAGES, "validation": SMOKE_IMAGES}
+            # Averages of the one epoch there is.
+            overrides |= {name: 0 for name in ("swa_start", "ema_start") if settings.train.get(name)}
             if {**settings.train, **overrides}.get("select") == "test":
                 overrides["select"] = "val"  # the test set may be large
         config, n = train_config(settings, overrides), len(self.dataset.train)
@@ -274,9 +294,39 @@ def selection_of(train: TrainConfig) -> str:
 
 def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter) -> Result:
     """Train a cell, or go on with it, or take what is there. Raises RobenchError on NaN."""
-    finished = cell.result()
-    if finished is not None:
-        return finished
+    if cell.result() is None and cell.devices == 1:
+        _train(cell, dataset, device, reporter)
+    elif cell.result() is None:
+        with _relayed(reporter) as messages:
+            launch(device.type, cell.devices, _train_together, cell, dataset, messages)
+    result = cell.result()
+    assert result is not None, "a training that does not fail leaves its result"
+    return result
+
+
+@contextmanager
+def _relayed(reporter: Reporter) -> Iterator[Queue[Message]]:
+    """A queue through which the Remote reporters of other processes use this one."""
+    messages: Queue[Message] = multiprocessing.get_context("spawn").Queue()
+    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
+    screen.start()
+    try:
+        yield messages
+    finally:
+        messages.put(("end", None, None, None))
+        screen.join()
+
+
+def _train_together(
+    team: Team, device: torch.device, cell: Cell, dataset: Dataset, messages: Queue[Message]
+) -> None:
+    """What each of several processes does."""
+    _train(cell, dataset, device, Remote(messages) if team.leads else Reporter(quiet=True), team)
+
+
+def _train(
+    cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter, team: Team = ALONE
+) -> None:
     config, seed = cell.spec.train, cell.spec.seed
     data, held_out = dataset.train, None
     if config.validation:
@@ -288,15 +338,7 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
         with seeded(seed, "init", name):
             nets[name] = cell.header.build().to(device)
     keeper = cell.keeper(device)
-    run = Run(cell.spec.key(), cell.label, cell.folder, cell.spec.model_dump(mode="json"))
-    keeper.write_json("spec.json", run.settings)
     with reporter.task(f"train {cell.label}") as update:
-        watcher = Several([
-            EpochWatcher(update, config.epochs, len(data),
-                         lambda text: reporter.warn(f"{cell.label}: {text}")),
-            TrainingCsv(cell.folder / "training.csv"),
-            *(start_watcher(name, run) for name in cell.logs),
-        ])
         history = fit(
             cell.defense,
             nets,
@@ -308,10 +350,25 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
                                                       selection.y.to(device)),
             augment=dataset.augment,
             seed=seed,
-            watcher=watcher,
+            watcher=_watcher(cell, keeper, len(data), update, reporter) if team.leads else None,
+            team=team,
         )
-    result = Result(sum(log.seconds for log in history), history)
-    keeper.write_json("done.json", {"seconds": result.seconds,
-                                    "history": [asdict(log) for log in history]})
-    (cell.folder / "state.pt").unlink(missing_ok=True)  # large, and of no more use
-    return result
+    if team.leads:
+        keeper.write_json("done.json", {"seconds": sum(log.seconds for log in history),
+                                        "history": [asdict(log) for log in history],
+                                        "devices": cell.devices})
+        (cell.folder / "state.pt").unlink(missing_ok=True)  # large, and of no more use
+
+
+def _watcher(
+    cell: Cell, keeper: CellFolder, images: int, update: Update, reporter: Reporter
+) -> Watcher:
+    """Writes down what is trained, and all that follows."""
+    run = Run(cell.spec.key(), cell.label, cell.folder, cell.spec.model_dump(mode="json"))
+    keeper.write_json("spec.json", run.settings)
+    return Several([
+        EpochWatcher(update, cell.spec.train.epochs, images,
+                     lambda text: reporter.warn(f"{cell.label}: {text}")),
+        TrainingCsv(cell.folder / "training.csv"),
+        *(start_watcher(name, run) for name in cell.logs),
+    ])

@@ -87,6 +87,8 @@ Examples:
               "instead of a trained teacher.")
 @click.option("--jobs", type=int, metavar="N",
               help="Processes that share the work.  [default: the CPU cores, at most 4; GPU: 1]")
+@click.option("--devices", type=int, metavar="N",
+              help="GPUs that train one network together; with --device cpu, processes.")
 @click.option("--smoke", is_flag=True, default=None, help="Two batches through everything.")
 @_shared
 def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any) -> None:
@@ -112,7 +114,7 @@ def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any)
     from robench.benchmark.matrix import run as run_matrix
     from robench.benchmark.sources import default_jobs
 
-    if "jobs" not in values:
+    if "jobs" not in values and values.get("devices", 1) == 1:
         values["jobs"] = default_jobs(str(values.get("device", "auto")))
     _show(run_matrix(RunSpec.create(values), quiet=quiet), values)
 

@@ -219,6 +219,8 @@ class Matrix:
             "epochs": spec.train.epochs,
             "train_seconds": result.seconds,
             "teacher_seconds": cell.teacher_seconds(),
+            "robust_overfitting": result.robust_overfitting,
+            "catastrophic_epoch": result.catastrophic_epoch,
             "selection": selection_of(spec.train),
             "checkpoint": header.checkpoint,
             "epoch": header.epoch,
@@ -385,8 +387,7 @@ class Matrix:
                 run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
                 defense=spec.defense, recipe=spec.recipe, epoch=log.epoch, lr=log.lr,
                 seconds=log.seconds, losses=log.losses, selection=spec.train.select,
-                clean=log.clean, robust=log.robust, swa_clean=log.swa_clean,
-                swa_robust=log.swa_robust,
+                clean=log.clean, robust=log.robust, averages=log.averages,
             )
             for log in result.history
         ]

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from robench.attacks.base import Attack, make_attack
 from robench.attacks.network import Precision
@@ -108,6 +115,7 @@ class RunSpec(BaseModel):
         keep_examples: write the adversarial examples beside the records.
         logs: watchers of the trainings beside training.csv, see `benchmark.logs`.
         jobs: processes that share the work; each gets its share of the cores.
+        devices: GPUs (or processes, on the CPU) that train one network together.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
 
@@ -135,6 +143,7 @@ class RunSpec(BaseModel):
     keep_examples: bool = False
     logs: tuple[str, ...] = ()
     jobs: int = Field(default=1, ge=1)
+    devices: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False
 
@@ -150,6 +159,13 @@ class RunSpec(BaseModel):
     @classmethod
     def _one_is_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, int, dict, AttackSpec)) else value
+
+    @field_validator("devices")
+    @classmethod
+    def _one_training_at_a_time(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("jobs", 1) > 1:
+            raise ValueError("several devices train one network after another: use --jobs 1")
+        return value
 
     @classmethod
     def create(cls, values: Mapping[str, Any]) -> RunSpec:

@@ -51,7 +51,8 @@ class Losses:
 
     Attributes:
         parts: () each, logged.
-        seen: detached values that `after_step` wants, of any shape.
+        seen: detached values that `after_step` wants: means over the batch, of less than two
+            dimensions, and tables with a row for each image.
     """
 
     parts: dict[str, Tensor]

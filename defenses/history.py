@@ -48,14 +48,6 @@ class EpochLog:
         return None if robust is None or clean is None else (robust, clean)
 
     @property
-    def swa_clean(self) -> float | None:
-        return self.averages["swa"][0] if "swa" in self.averages else None
-
-    @property
-    def swa_robust(self) -> float | None:
-        return self.averages["swa"][1] if "swa" in self.averages else None
-
-    @property
     def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
 

@@ -33,6 +33,7 @@ from robench.defenses.averaging import Average, MovingAverage, WeightAverage
 from robench.defenses.base import Defense, Moment, Nets, clean_logits, take_step
 from robench.defenses.config import TrainConfig as TrainConfig
 from robench.defenses.config import make_optimizer
+from robench.defenses.distributed import ReadOnly, Team
 from robench.defenses.fast import accelerated
 from robench.defenses.history import EpochLog as EpochLog
 from robench.defenses.history import findings
@@ -43,6 +44,7 @@ from robench.randomness import seeded
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
+ALONE = Team()
 Augment = Callable[[Tensor], Tensor]
 
 
@@ -87,6 +89,7 @@ class _Training:
     augment: Augment
     config: TrainConfig
     watcher: Watcher
+    team: Team
 
     @property
     def student(self) -> nn.Module:
@@ -108,6 +111,7 @@ def fit(
     augment: Augment = lambda x: x,
     seed: int = 0,
     watcher: Watcher | None = None,
+    team: Team = ALONE,
 ) -> list[EpochLog]:
     """Train `nets` in place and leave the checkpoints with `keeper`. Goes on where it stopped.
 
@@ -118,6 +122,8 @@ def fit(
         threat: of the selection attack.
         selection: images and labels on which the best epoch is chosen; None if select is last.
         augment: a batch of images to a batch of images, random through torch's generator.
+        team: of several processes, each calls this with the same arguments but for the device;
+            batches are split among them. The first one tells `watcher` and saves with `keeper`.
 
     Returns:
         One log per epoch, those before an interruption included.
@@ -126,9 +132,13 @@ def fit(
         TrainingFailed: a loss was NaN or infinite. State and networks of the epoch before stay.
         UsageError: the state is of another version of robench.
     """
-    watcher = watcher or Watcher()
+    if watcher is None or not team.leads:
+        watcher = Watcher()
+    if not team.leads:
+        keeper = ReadOnly(keeper)
     for name in defense.given:
         nets[name].eval().requires_grad_(False)
+    united = team.unite(nets)
     views = accelerated(nets, config.precision, train[0][:8])
     classes = clean_logits(nets["student"], train[0][:1]).shape[1]
     memory = {name: module.eval().requires_grad_(False)
@@ -142,7 +152,8 @@ def fit(
     state = keeper.load_state()
     if state is not None:
         progress.load_state_dict(state)
-    run = _Training(defense, nets, {**views, **memory}, train, augment, config, watcher)
+    views |= memory
+    run = _Training(defense, nets, views, train, augment, config, watcher, team)
     attack = PGD(threat, config.select_steps, config.select_step_size)
     try:
         watcher.begin(progress.history)
@@ -160,6 +171,8 @@ def fit(
                 watcher.warn(finding)
     finally:
         watcher.end()
+        for handle in united:
+            handle.remove()
     return progress.history
 
 
@@ -190,7 +203,8 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         now = run.defense.at(Moment(epoch, config.epochs, step, steps, lr / config.lr))
-        losses = take_step(now, run.views, progress.optimizers.values(), x, y, config.clip)
+        now, own_x, own_y = run.team.split(now, x, y)
+        losses = take_step(now, run.views, progress.optimizers.values(), own_x, own_y, config.clip)
         for average in moving:
             average.update(run.student)
         parts = {"total": losses.total, **losses.parts}

@@ -8,26 +8,27 @@ percent but the last two. Nothing is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from robench.reports.compare import worst_case
 from robench.reports.grouping import Row
+from robench.reports.record import Record
 from robench.reports.uncertainty import estimate
 
 STANDARD = ("clean", "fgsm", "pgd-20", "cw", "autoattack")
 PARTS = ("", "_std", "_low", "_high", "_n", "_failed")
 IDENTITY = ("dataset", "split", "threat", "images", "recipe", "epochs", "model", "source",
             "defense", "options", "label", "checkpoint", "selection", "baseline", "seeds")
-COSTS = ("train_seconds", "train_and_teacher_seconds", "parameters", "warnings", "warning_text",
-         "notes")
+COSTS = ("train_seconds", "train_and_teacher_seconds", "robust_overfitting", "catastrophic_epoch",
+         "parameters", "warnings", "warning_text", "notes")
 
 _TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
          "label", "checkpoint", "selection", "warning_text", "notes", "rank_attack", "delta_to",
          "delta_attack", "network", "attack"}
-_WHOLE = {"group", "rank", "epochs", "seeds", "seed", "n", "parameters", "warnings"}
+_WHOLE = {"group", "rank", "epochs", "catastrophic_epoch", "seeds", "seed", "n", "parameters", "warnings"}
 
 Line = dict[str, Any]
 
@@ -78,6 +79,9 @@ def describe(row: Row) -> Line:
         "train_seconds": sum(r.train_seconds for r in networks) / len(networks),
         "train_and_teacher_seconds":
             sum(r.train_seconds + r.teacher_seconds for r in networks) / len(networks),
+        "robust_overfitting": _overfitting(networks),
+        "catastrophic_epoch": min((r.catastrophic_epoch for r in networks
+                                   if r.catastrophic_epoch is not None), default=None),
         "parameters": max(r.parameters for r in networks),
         "warnings": len(warnings),
         "warning_text": "; ".join(warnings),
@@ -88,6 +92,12 @@ def describe(row: Row) -> Line:
         line |= _accuracy(name, [r.n_robust for r in passed], passed[0].n if passed else 0,
                           failed=len(cell) - len(passed))
     return line | _clean(row) | _worst(row)
+
+
+def _overfitting(networks: Collection[Record]) -> float | None:
+    """Best minus last robust accuracy on the selection split, in points, mean over seeds."""
+    gaps = [r.robust_overfitting for r in networks if r.robust_overfitting is not None]
+    return 100 * sum(gaps) / len(gaps) if gaps else None
 
 
 def image_sets(table: Sequence[Row]) -> str:

@@ -109,6 +109,9 @@ def rob_f_bars(
     return figure
 
 
+_AVERAGES = {"swa": "--", "ema": ":"}
+
+
 @house_style()
 def training_curves(
     runs: Mapping[str, Sequence[Epoch]], title: str, look: Mapping[str, Look]
@@ -116,17 +119,21 @@ def training_curves(
     """Clean and robust accuracy and the training loss over the epochs, a color for each defense.
 
     `runs` maps labels to the epochs of all seeds; lines are means over seeds, bands go from the
-    lowest to the highest seed, dashed lines are averaged weights (SWA).
+    lowest to the highest seed, dashed and dotted lines are averaged weights (SWA, EMA).
     """
     epochs = [epoch for run in runs.values() for epoch in run]
     splits = sorted({"test (!)" if e.selection == "test" else "validation" for e in epochs})
+    averages = {name: style for name, style in _AVERAGES.items()
+                if any(name in epoch.averages for epoch in epochs)}
     figure, (clean, robust, loss) = new_figure(11.5, 3.8, panels=3)
     for label, run in runs.items():
         seen = look[label]
         _over_epochs(clean, [(e.epoch, e.clean) for e in run], seen)
-        _over_epochs(clean, [(e.epoch, e.swa_clean) for e in run], seen, "--")
         _over_epochs(robust, [(e.epoch, e.robust) for e in run], seen)
-        _over_epochs(robust, [(e.epoch, e.swa_robust) for e in run], seen, "--")
+        for name, style in averages.items():
+            pairs = [(e.epoch, *e.averages.get(name, (None, None))) for e in run]
+            _over_epochs(clean, [(epoch, value) for epoch, value, _ in pairs], seen, style)
+            _over_epochs(robust, [(epoch, value) for epoch, _, value in pairs], seen, style)
         _over_epochs(loss, [(e.epoch, e.losses.get("total")) for e in run], seen)
     clean.set(ylabel=f"clean {' / '.join(splits)} accuracy (%)")
     robust.set(ylabel=f"robust {' / '.join(splits)} accuracy (%)", title=shorten(title, 80))
@@ -139,9 +146,9 @@ def training_curves(
     handles = [Line2D([], [], color=look[label].color, marker=look[label].marker, markersize=4)
                for label in runs]
     labels = [shorten(label) for label in runs]
-    if any(e.swa_clean is not None or e.swa_robust is not None for e in epochs):
-        handles.append(Line2D([], [], color=INK, linestyle="--"))
-        labels.append("averaged weights (SWA)")
+    for name, style in averages.items():
+        handles.append(Line2D([], [], color=INK, linestyle=style))
+        labels.append(f"averaged weights ({name.upper()})")
     figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=4)
     return figure
 

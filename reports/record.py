@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -47,8 +47,10 @@ class Record(BaseModel):
     epochs: int
     train_seconds: float
     teacher_seconds: float  # training time of the teachers it needed; 0 without
+    robust_overfitting: float | None = None  # best minus last robust accuracy while training
+    catastrophic_epoch: int | None = None  # where robust accuracy collapsed; None: it did not
     selection: str  # "val", "test", "none"; "unknown" for weights from outside
-    checkpoint: str  # "best", "last", "swa", "swa-last", "peer"
+    checkpoint: str  # "best", "last", "swa", "swa-last", "ema", "ema-last", "peer"
     epoch: int  # 0-based epoch of the weights; -1 if unknown
     notes: tuple[str, ...] = ()  # what a reader of a table must know about the recipe
     ranked: bool  # a row of the leaderboard: the checkpoint its recipe names
@@ -121,8 +123,18 @@ class Epoch(BaseModel):
     lr: float  # at the end of the epoch
     seconds: float  # of training, without the validation
     losses: dict[str, float]  # mean of every loss part, "total" among them
-    selection: str  # the split behind the four accuracies: "val" or "test"
+    selection: str  # the split behind the accuracies: "val" or "test"
     clean: float | None  # the student's accuracy in [0, 1]; None where it was not measured
     robust: float | None  # under the selection attack
-    swa_clean: float | None
-    swa_robust: float | None
+    averages: dict[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_old(cls, kept: Any) -> Any:
+        """Files of before other averages existed name those of SWA alone."""
+        if not isinstance(kept, dict) or "swa_clean" not in kept:
+            return kept
+        clean, robust = kept["swa_clean"], kept["swa_robust"]
+        others = {name: value for name, value in kept.items() if not name.startswith("swa_")}
+        return others if clean is None and robust is None else {
+            **others, "averages": {"swa": (clean, robust)}}

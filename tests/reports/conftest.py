@@ -71,7 +71,6 @@ def make_epoch() -> Callable[..., Epoch]:
             "run": "run-peeraid-0", "seed": 0, "dataset": "digits", "model": "resnet18",
             "defense": "peeraid", "recipe": "unified", "epoch": 0, "lr": 0.1, "seconds": 9.0,
             "losses": {"total": 2.0}, "selection": "val", "clean": 0.5, "robust": 0.3,
-            "swa_clean": None, "swa_robust": None,
         }
         return Epoch(**{**values, **changes})
 
@@ -128,8 +127,7 @@ def campaign(
                            losses={"total": 2.3 * 0.93**epoch + 0.1 * seed},
                            clean=clean * (1 - 0.8 ** (epoch + 1)),
                            robust=robust * (1 - 0.8 ** (epoch + 1)),
-                           swa_clean=clean if epoch >= 20 else None,
-                           swa_robust=robust + 0.01 if epoch >= 20 else None)
+                           averages={"swa": (clean, robust + 0.01)} if epoch >= 20 else {})
                 for epoch in range(30))
             if defense == "peeraid":
                 results.transfers.extend([

@@ -5,6 +5,7 @@ import pytest
 
 from robench.errors import UsageError
 from robench.reports import Results, load, save
+from robench.reports.record import Epoch
 
 
 def test_round_trip(campaign, tmp_path):
@@ -82,3 +83,12 @@ def test_only_results_jsonl_must_be_there(campaign, tmp_path):
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(UsageError, match=r"no results\.jsonl"):
         load([tmp_path])
+
+
+def test_epochs_of_the_time_when_swa_was_the_only_average(make_epoch):
+    kept = make_epoch().model_dump(mode="json")
+    kept.pop("averages")
+    old = Epoch.model_validate({**kept, "swa_clean": 0.5, "swa_robust": 0.25})
+    assert old.averages == {"swa": (0.5, 0.25)}
+    none = Epoch.model_validate({**kept, "swa_clean": None, "swa_robust": None})
+    assert none == make_epoch()

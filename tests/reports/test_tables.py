@@ -134,3 +134,14 @@ def test_empty_tables_have_their_columns_and_types(make_record):
     assert list(empty.columns) == list(full.columns)
     assert list(empty.dtypes) == list(full.dtypes)
     assert tables.to_csv(tables.rob_f([])).splitlines() == [",".join(tables.ROB_F)]
+
+
+def test_overfitting_is_a_column(make_record):
+    """Robust overfitting in points, the mean over seeds; the earliest collapse of any seed."""
+    records = [make_record(seed=s, robust_overfitting=gap, catastrophic_epoch=epoch)
+               for s, gap, epoch in ((0, 0.05, None), (1, 0.07, 12), (2, None, 9))]
+    records += [make_record(defense="a", seed=0)]
+    table = tables.leaderboard(records).set_index("defense")
+    line = table.loc[table.index != "a"].iloc[0]
+    assert line["robust_overfitting"] == pytest.approx(6.0) and line["catastrophic_epoch"] == 9
+    assert table.loc["a"][["robust_overfitting", "catastrophic_epoch"]].isna().all()
