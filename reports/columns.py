@@ -28,7 +28,8 @@ COSTS = ("train_seconds", "train_and_teacher_seconds", "robust_overfitting", "ca
 _TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
          "label", "checkpoint", "selection", "warning_text", "notes", "rank_attack", "delta_to",
          "delta_attack", "network", "attack"}
-_WHOLE = {"group", "rank", "epochs", "catastrophic_epoch", "seeds", "seed", "n", "parameters", "warnings"}
+_WHOLE = {"group", "rank", "epochs", "catastrophic_epoch", "seeds", "seed", "n", "parameters",
+          "warnings"}
 
 Line = dict[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -109,7 +110,7 @@ def rob_f_bars(
     return figure
 
 
-_AVERAGES = {"swa": "--", "ema": ":"}
+_AVERAGES: dict[str, Literal["--", ":"]] = {"swa": "--", "ema": ":"}
 
 
 @house_style()

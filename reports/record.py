@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -126,7 +127,7 @@ class Epoch(BaseModel):
     selection: str  # the split behind the accuracies: "val" or "test"
     clean: float | None  # the student's accuracy in [0, 1]; None where it was not measured
     robust: float | None  # under the selection attack
-    averages: dict[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
+    averages: Mapping[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
 
     @model_validator(mode="before")
     @classmethod
