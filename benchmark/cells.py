@@ -268,7 +268,8 @@ class _Planner:
         if self.spec.smoke:
             overrides |= {"epochs": 1, "batch_size": SMOKE_IMAGES, "validation": SMOKE_IMAGES}
             # Averages of the one epoch there is.
-            overrides |= {name: 0 for name in ("swa_start", "ema_start") if settings.train.get(name)}
+            overrides |= {name: 0 for name in ("swa_start", "ema_start")
+                          if settings.train.get(name)}
             if {**settings.train, **overrides}.get("select") == "test":
                 overrides["select"] = "val"  # the test set may be large
         config, n = train_config(settings, overrides), len(self.dataset.train)

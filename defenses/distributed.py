@@ -166,7 +166,7 @@ class WholeBatch(TorchFunctionMode):
     """
 
     def __init__(self, share: Share) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._share = share
 
     def __torch_function__(
@@ -244,7 +244,7 @@ class _Exchange(torch.autograd.Function):
         return _summed(value)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _summed(grad if ctx.counted else torch.zeros_like(grad)), None
 
@@ -317,17 +317,18 @@ def _agree(defense: Defense, nets: Nets, x: Tensor, y: Tensor, shares: Sequence[
 
     def values(share: Share) -> dict[str, Tensor]:
         rows = share.rows
-        x_adv_rows = torch.cat([part[rows] for part in x_adv.split(len(x))])
+        x_adv_rows = torch.cat([part[rows] for part in x_adv.chunk(len(x_adv) // len(x))])
         with seeded(0, "loss"), WholeBatch(share):
             losses = defense.loss(nets, x[rows], x_adv_rows, y[rows])
         return losses.parts | {f"seen {name}": value for name, value in losses.seen.items()}
 
     whole, parts = values(Share(0, 1, len(x), x.device)), [values(share) for share in shares]
     for name, wanted in whole.items():
-        pairs = [(share, part[name]) for share, part in zip(shares, parts, strict=True)]
-        if any(value.ndim > 1 and len(value) != share.length for share, value in pairs):
+        local = [(share, part[name]) for share, part in zip(shares, parts, strict=True)]
+        if any(value.ndim > 1 and len(value) != share.length for share, value in local):
             return False
-        got = torch.stack([share.part_of(value) for share, value in pairs]).sum(0)
-        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-6, atol=1e-9):
+        added = [share.part_of(value) for share, value in local]
+        if any(part.shape != wanted.shape for part in added) or not torch.allclose(
+                torch.stack(added).sum(0), wanted, rtol=1e-6, atol=1e-9):
             return False
     return True

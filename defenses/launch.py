@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess, parent_process
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ def launch(kind: str, size: int, function: Callable[..., None], *args: Any) -> N
         running = {process.sentinel: process for process in processes}
         while running:
             for sentinel in wait(list(running)):
-                process = running.pop(sentinel)  # type: ignore[call-overload]
+                process = running.pop(cast(int, sentinel))
                 process.join()
                 if process.exitcode:
                     raise _cause(processes, failures)

@@ -135,7 +135,8 @@ files = [getattr(module, "__file__", None) for name, module in sys.modules.items
 count = Counter(Path(file).resolve() for file in files if file)
 assert len(count) == {len(SOURCES) - 1}, sorted(count)  # all but __main__
 assert max(count.values()) == 1, count.most_common(1)
-extras = set(sys.modules) & {{"torchattacks", "pyautoattack", "autoattack", "robustbench", "ray"}}
+extras = set(sys.modules) & {{"torchattacks", "pyautoattack", "autoattack", "robustbench", "ray",
+                             "lightning_fabric"}}
 assert not extras, extras
 """)
     assert (done.stderr, done.returncode) == ("", 0)

@@ -30,25 +30,26 @@ class Scenario:
     stop_after: int | None = None  # steps of a single process that is interrupted then
 
     def __str__(self) -> str:
-        extra = {**self.options, **self.train, "stop": self.stop_after or ""}
-        return f"{self.defense} {self.norm} " + " ".join(map(str, extra))
+        extra = {**self.options, **self.train, **({"stop": 1} if self.stop_after else {})}
+        return " ".join([self.defense, self.norm, *extra])
 
 
+SHORT = {"epochs": 2}
 SCENARIOS = {str(s): s for s in (
     Scenario("trades", "group"),
     Scenario("trades", "batch"),
     Scenario("peeraid", "group"),
     Scenario("peeraid", "batch"),
     Scenario("trades+awp", "batch", {"awp.gamma": 0.01}),
-    Scenario("peeraid+awp", "group", {"awp.gamma": 0.01}),
-    Scenario("pgd-at", "batch", {"extra_clean_forward": True, "craft_mode": "train"}),
-    Scenario("ard", "batch"),
-    Scenario("cat", "batch"),
-    Scenario("mtard", "batch"),
-    Scenario("adr", "batch"),
-    Scenario("ikl", "batch"),
+    Scenario("peeraid+awp", "group", {"awp.gamma": 0.01}, SHORT),
+    Scenario("pgd-at", "batch", {"extra_clean_forward": True, "craft_mode": "train"}, SHORT),
+    Scenario("ard", "batch", train=SHORT),
+    Scenario("cat", "batch", train=SHORT),
+    Scenario("mtard", "batch", train=SHORT),
+    Scenario("adr", "batch", train=SHORT),
+    Scenario("ikl", "batch", train=SHORT),
     Scenario("trades", "batch", train={"select": "val", "swa_start": 0.5, "ema": 0.9, "clip": 0.5}),
-    Scenario("peeraid", "batch", stop_after=7),
+    Scenario("peeraid", "batch", train=SHORT, stop_after=7),
 )}
 # Batches of 4 and one of 2, of which three processes find no image for one of them.
 FEW = {str(s): s for s in (

@@ -86,8 +86,6 @@ def without_clock(result):
 def check(name, scenario, everyone):
     alone = without_clock(here.train(scenario))
     first, *others = everyone
-    assert len(first["losses"]) >= (20 if scenario.images == here.IMAGES else 6) - (
-        scenario.stop_after or 0)
     assert_same(without_clock(first), alone, name)
     for other in others:
         assert not other["losses"] and not other["networks"]  # the leader's business
@@ -98,6 +96,8 @@ def check(name, scenario, everyone):
 @pytest.mark.parametrize("name", here.SCENARIOS)
 def test_two_processes_train_as_one(two, name):
     check(name, here.SCENARIOS[name], two[name])
+    if name in ("trades group", "trades batch", "peeraid group", "peeraid batch"):
+        assert len(two[name][0]["losses"]) == 20
 
 
 @pytest.mark.parametrize("name", here.FEW)
@@ -228,14 +228,16 @@ def test_an_interruption_leaves_no_process(teamwork, tmp_path, monkeypatch):
 # The command line
 
 TINY = ("--epochs", "2", "--train-limit", "64", "--limit", "10", "--attack", "fgsm",
-        "--set", "validation=20", "--set", "select_steps=1", "--device", "cpu", "--quiet")
+        "--set", "validation=20", "--set", "select_steps=1", "--set", "swa_start=null",
+        "--device", "cpu", "--quiet")
 
 
 def test_an_interrupted_cell_goes_on_with_two_processes(python, tmp_path, monkeypatch):
     pytest.importorskip("lightning_fabric")
     matrix = Matrix(RunSpec.create({
         "defenses": "trades", "epochs": 2, "train_limit": 64, "limit": 10, "attacks": "fgsm",
-        "train": {"validation": 20, "select_steps": 1}, "device": "cpu", "out": tmp_path,
+        "train": {"validation": 20, "select_steps": 1, "swa_start": None}, "device": "cpu",
+        "out": tmp_path,
     }), Reporter(quiet=True))
     (cell,), _ = matrix.plan()
 
@@ -256,7 +258,7 @@ def test_an_interrupted_cell_goes_on_with_two_processes(python, tmp_path, monkey
     assert len(rows_of(cell.folder)) == 2
     result = cell.result()
     assert result.devices == 2 and result.history[0].seconds == seconds
-    (record, *_) = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert "trained on 2 devices together" in record["notes"]
 
 
