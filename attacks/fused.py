@@ -1,7 +1,7 @@
 """Fused: convolutions with what follows them (an addition, a ReLU) as one kernel of oneDNN.
 
-For networks on a CPU whose parameters are frozen: the weights are kept in the layout that the
-kernel wants, and there are gradients for the images alone.
+For networks on a CPU whose parameters are frozen: there are gradients for the images alone, and
+weights in bfloat16 are kept in the layout that the kernel wants.
 """
 
 from __future__ import annotations
@@ -56,21 +56,29 @@ class Fused(nn.Conv2d):
         """size: of the usual images of this layer."""
         nn.Module.__init__(self)
         self.__dict__.update(vars(conv))
+        self._parameters = dict(conv._parameters)
         self.relu = relu
         assert not isinstance(conv.padding, str)
         self._around: tuple[int, ...] = conv.padding
-        pack = torch.ops.mkldnn._reorder_convolution_weight
-        weight, shape = conv.weight.detach(), [_BATCH, conv.in_channels, *size]
-        self._packed = pack(weight, *self._how(self._around), shape)
-        # Back through a convolution of stride 1 the way is a convolution, too.
-        back = [k - 1 - p for k, p in zip(conv.kernel_size, self._around, strict=True)]
+        # In float32 the copies would cost more memory than they save time.
+        self._packed = conv.weight.detach()
         self._back: Tensor | None = None
-        if set(conv.stride) == set(conv.dilation) == {1} and min(back) >= 0:
-            turned = weight.flip(2, 3).transpose(0, 1).contiguous(
-                memory_format=torch.channels_last)
-            shape = [_BATCH, conv.out_channels, *(n + k - 1 - 2 * b for n, k, b in zip(
-                size, conv.kernel_size, back, strict=True))]
-            self._back, self._back_around = pack(turned, *self._how(tuple(back)), shape), back
+        if conv.weight.dtype == torch.bfloat16:
+            self._pack(conv.kernel_size, size)
+
+    def _pack(self, kernel: tuple[int, ...], size: tuple[int, int]) -> None:
+        """Weights as the kernels want them. Back through a convolution of stride 1 the way is a
+        convolution, too."""
+        pack, weight = torch.ops.mkldnn._reorder_convolution_weight, self._packed
+        self._packed = pack(weight, *self._how(self._around), [_BATCH, self.in_channels, *size])
+        back = tuple(k - 1 - p for k, p in zip(kernel, self._around, strict=True))
+        if set(self.stride) != {1} or set(self.dilation) != {1} or min(back) < 0:
+            return
+        turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        shape = [_BATCH, self.out_channels, *(n + k - 1 - 2 * b for n, k, b in zip(
+            size, kernel, back, strict=True))]
+        self._back, self._back_around = pack(turned, *self._how(back), shape), back
+        self.register_parameter("weight", None)  # nobody reads it any more
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or getattr(other, "requires_grad", False)):
@@ -99,7 +107,7 @@ class Fused(nn.Conv2d):
         """Of the input, from that of the convolution's output."""
         if self._back is not None:
             back: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                grad, self._back, None, *self._how(tuple(self._back_around)), "none", [], "")
+                grad, self._back, None, *self._how(self._back_around), "none", [], "")
             return back
         made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             grad, x, self.weight, None, self.stride, self.padding, self.dilation, False, [0, 0],

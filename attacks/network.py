@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
-from robench.attacks.fused import fused
+from robench.attacks.fused import Fused, fused
 from robench.attacks.local import Local
 from robench.attacks.verify import full_precision
 from robench.attacks.windows import separate
@@ -44,15 +44,16 @@ class Network:
         self.forwards = self.backwards = 0
         self._model, self.prepared = model, "as it is"
         self._micro = precision == "ieee"
-        self._dtype: torch.dtype | None = None
+        self._dtype: torch.dtype | None = torch.bfloat16 if precision == "bf16" else None
         if isinstance(model, nn.Module) and precision != "ieee":
-            self._model, self.prepared = _prepared(model, sample)
-            if precision == "bf16":
-                copied = self._model if self._model is not model else copy.deepcopy(model)
-                self._model, self._dtype = in_bf16(copied, sample), torch.bfloat16
-                self.prepared += ", bf16"
-            if isinstance(self._model, fx.GraphModule) and separate(self._model):
-                self._model = _fused(self._model, sample.to(self._dtype or sample.dtype))
+            try:
+                self._model, self.prepared = _prepared(model, self._dtype, sample, fuse=True)
+            except _Unlike:
+                self._model, self.prepared = _prepared(model, self._dtype, sample, fuse=False)
+        elif not isinstance(model, nn.Module):
+            self._dtype = None
+        # Windows only in a copy of our own making, which is deterministic and no `ieee` network.
+        self._ours = not self.prepared.startswith("as it is")
         self._format = memory_format(self._model)
         self._sample = sample[:1].to(self._dtype or sample.dtype)
         self._local: Local | None = None
@@ -70,10 +71,11 @@ class Network:
 
         The arguments are those of `Local.logits`. Only a folded network on a CPU uses them.
         """
-        if proposal.device.type != "cpu" or not isinstance(self._model, fx.GraphModule):
+        ours = self._ours and isinstance(self._model, fx.GraphModule)
+        if proposal.device.type != "cpu" or not ours:
             return self.logits(proposal)
         if self._local is None:
-            self._local = Local(self._model, self._sample)
+            self._local = Local(cast(fx.GraphModule, self._model), self._sample)
         self.forwards += len(proposal)
         with torch.no_grad():
             logits = self._local.logits(keys, version, proposal, base, top, left, size)
@@ -152,8 +154,41 @@ def _micro_batches(x: Tensor) -> Iterator[Tensor]:
         yield part if not missing else torch.cat([part, part[:1].expand(missing, *part.shape[1:])])
 
 
-def _prepared(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
-    """A faster network with the same logits and gradients, or the model itself."""
+class _Unlike(Exception):
+    """Fused kernels are missing here, or give other logits or gradients."""
+
+
+def _prepared(
+    model: nn.Module, dtype: torch.dtype | None, sample: Tensor, *, fuse: bool
+) -> tuple[nn.Module, str]:
+    """A faster network with the same logits and gradients, or the model itself; and what it is."""
+    net, name = _faster(model, sample)
+    ours = net is not model
+    if dtype is not None:
+        net = in_bf16(net if ours else copy.deepcopy(model), sample)
+        sample, name = sample.to(dtype), f"{name}, bf16"
+    if fuse and ours and isinstance(net, fx.GraphModule) and separate(net):
+        net = _fused(net, sample)
+        if any(isinstance(layer, Fused) for layer in net.modules()):
+            name = f"{name}, fused"
+    return net, name
+
+
+def _fused(net: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
+    """The network itself with fused kernels. Raises _Unlike."""
+    sample = sample.contiguous(memory_format=torch.channels_last)
+    tolerance = 5e-2 if sample.dtype == torch.bfloat16 else 1e-4
+    wanted = look(net, sample)
+    try:
+        found = look(fused(net, sample), sample)
+    except Exception as error:  # a torch without these kernels
+        raise _Unlike from error
+    if not all(close(*pair, tolerance) for pair in zip(found, wanted, strict=True)):
+        raise _Unlike
+    return net
+
+
+def _faster(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
     with frozen(model), full_precision():
         wanted = look(model, sample)
         # Tracing would freeze one draw of a randomized network, which flatters it.
@@ -170,19 +205,6 @@ def _prepared(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:
             if close(got[0], wanted[0], 1e-4) and close(got[1], wanted[1], 1e-2):
                 return net, name
     return model, "as it is"
-
-
-def _fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
-    """The network with fused kernels where they give the same logits and gradients."""
-    sample = sample.contiguous(memory_format=torch.channels_last)
-    tolerance = 5e-2 if sample.dtype == torch.bfloat16 else 1e-4
-    try:
-        made = fused(copy.deepcopy(model), sample)
-        pairs = zip(look(made, sample), look(model, sample), strict=True)
-        same = all(close(got, wanted, tolerance) for got, wanted in pairs)
-    except Exception:  # a torch without these kernels
-        return model
-    return made if same else model
 
 
 def _folded(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from robench.attacks.state import read_state, units_of, write_state
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
 
+FORMAT = 2  # of the state file: counts up when a stepper's state changes
 STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
 
 
@@ -324,7 +325,8 @@ class Search:
 
     def _describe(self, images: Images) -> str:
         attack = self._attack
-        facts = [attack.config(self._classes), str(attack.threat), self._seed, robench.__version__]
+        facts = [FORMAT, attack.config(self._classes), str(attack.threat), self._seed,
+                 robench.__version__]
         config = json.dumps(facts, sort_keys=True, default=str)
         pixels = images.ids.cpu().numpy().tobytes() + self._y.cpu().numpy().tobytes()
         return hashlib.sha256(config.encode() + pixels).hexdigest()

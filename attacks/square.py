@@ -93,7 +93,9 @@ class Square(OneStage):
         state = units.state
         if self.threat.norm == "Linf":
             proposal, *square = self._square(units)
-            logits = net.near(state["seed"], state["taken"], proposal, state["x_adv"], *square)
+            # Copies of an image with different labels go different ways.
+            names = state["seed"] + units.y
+            logits = net.near(names, state["taken"], proposal, state["x_adv"], *square)
         else:
             proposal = self._windows(units)
             logits = net.logits(proposal)

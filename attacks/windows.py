@@ -327,7 +327,9 @@ def _area(window: Window) -> int:
 def _work(model: fx.GraphModule, node: fx.Node) -> int:
     """Multiplications per value."""
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module.weight[0].numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels // module.groups * math.prod(module.kernel_size)
+    return module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def tail_work(model: fx.GraphModule, local: Iterable[fx.Node]) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +33,10 @@ from robench.benchmark.recipe import (
 )
 from robench.benchmark.sources import Network, pick_device
 from robench.benchmark.spec import CellSpec, RunSpec
-from robench.defenses.base import DEFENSES, Defense, make_defense, options_of
+from robench.defenses.base import DEFENSES, Defense, Moment, make_defense, options_of
 from robench.defenses.config import TrainConfig
 from robench.defenses.distributed import Team, check_splits
-from robench.defenses.history import EpochLog, catastrophic_epoch, robust_overfitting
+from robench.defenses.history import STUDENT, EpochLog, catastrophic_epoch, robust_overfitting
 from robench.defenses.launch import check_devices, launch
 from robench.defenses.trainer import ALONE, TrainingFailed, Watcher, fit
 from robench.errors import UsageError
@@ -124,15 +125,13 @@ class Result:
     history: list[EpochLog] = field(default_factory=list)
     devices: int = 1
 
-    @property
-    def robust_overfitting(self) -> float | None:
-        """Best minus last robust accuracy on the selection split, in [0, 1]."""
-        return robust_overfitting(self.history)
-
-    @property
-    def catastrophic_epoch(self) -> int | None:
-        """The epoch of the first catastrophic overfitting, 0-based."""
-        return catastrophic_epoch(self.history)
+    def overfitting(self, checkpoint: str) -> dict[str, Any]:
+        """The facts of a record on the network behind a checkpoint; None for partners."""
+        of = STUDENT if checkpoint in ("best", "last") else checkpoint.removesuffix("-last")
+        return {
+            "robust_overfitting": robust_overfitting(self.history, of),
+            "catastrophic_epoch": catastrophic_epoch(self.history) if of == STUDENT else None,
+        }
 
 
 def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list[Cell], list[Cell]]:
@@ -153,6 +152,9 @@ def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list
         find_watcher(name)
     rows = [planner.cell(name, seed, baseline=name in baselines)
             for name in names for seed in dict.fromkeys(spec.seeds)]
+    takers = [cell for cell in planner.cells.values() if "teacher" in cell.defense.given]
+    if teacher is not None and not takers:
+        raise UsageError("--teacher: none of these defenses takes a teacher")
     return list(planner.cells.values()), rows
 
 
@@ -169,22 +171,31 @@ class _Planner:
         self.cells: dict[str, Cell] = {}
         self.code: dict[ModelSpec, str] = {}  # of the networks that were built and tried
 
-    def cell(self, name: str, seed: int, *, baseline: bool = False) -> Cell:
-        """The cell of a defense, after those of its teachers; the same one for the same spec."""
+    def cell(
+        self, name: str, seed: int, *, baseline: bool = False, recipe: str | None = None
+    ) -> Cell:
+        """The cell of a defense, after those of its teachers; the same one for the same spec.
+
+        recipe: in the place of the run's.
+        """
         spec, dataset = self.spec, self.dataset
-        settings = settings_for(spec.recipe, name, dataset.name)
+        recipe = recipe or spec.recipe
+        settings = settings_for(recipe, name, dataset.name)
         model = settings.model
         if isinstance(model, str):
             model = ModelSpec(name=model)
         if spec.model is not None and (model is None or spec.model != model.name):
             model = ModelSpec(name=spec.model)
         if model is None:
-            raise UsageError(f"recipe {spec.recipe!r} names no model for {name!r}: add --model")
+            raise UsageError(f"recipe {recipe!r} names no model for {name!r}: add --model")
         # A method's official code trains at its own eps; the evaluation is at the run's.
-        released = load_recipe(spec.recipe).method_threat(name, dataset.name)
+        released = load_recipe(recipe).method_threat(name, dataset.name)
         threat = ThreatModel.parse(released or spec.threat or default_threat(dataset.name))
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
+        if not spec.smoke and not Moment(train.epochs - 1, train.epochs).reached(defense.begins):
+            raise UsageError(f"{name} would begin with epoch {defense.begins:g}, and there are "
+                             f"{train.epochs}: more epochs, or begin earlier (see its card)")
         if spec.devices > 1:
             check_splits(name, defense)
         teachers: dict[str, Cell | Network] = {
@@ -199,7 +210,7 @@ class _Planner:
             size=dataset.size,
             dataset=dataset.name,
             defense=name,
-            recipe=spec.recipe,
+            recipe=recipe,
             seed=seed,
             checkpoint="",
             epoch=-1,
@@ -212,7 +223,7 @@ class _Planner:
             defense=name,
             options=options_of(defense),
             threat=str(threat),
-            recipe=spec.recipe,
+            recipe=recipe,
             train=train,
             train_limit=SMOKE_IMAGES * 2 if spec.smoke else spec.train_limit,
             seed=seed,
@@ -244,8 +255,12 @@ class _Planner:
 
     def _taught(self, role: str, name: str, taught_by: str, seed: int) -> Cell:
         """The cell of a teacher that nobody brought."""
+        recipe = self.spec.recipe
+        # Official code takes a natural network from elsewhere; no source documents its training.
+        if not documented(recipe, taught_by, self.dataset.name) and taught_by == "standard":
+            recipe = "unified"
         try:
-            return self.cell(taught_by, seed)
+            return self.cell(taught_by, seed, recipe=recipe)
         except UsageError as error:
             raise UsageError(f"{name!r} needs a {role}, by default one trained by {taught_by!r}: "
                              f"{error}; or bring one: --teacher") from None

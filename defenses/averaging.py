@@ -103,11 +103,12 @@ class MovingAverage(Average):
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) net, buffers too; whole numbers are copied."""
-    for old, new in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - decay)
-        else:
-            old.copy_(new)
+    for of in (nn.Module.parameters, nn.Module.buffers):  # tied weights come once
+        for old, new in zip(of(average), of(net), strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, 1 - decay)
+            else:
+                old.copy_(new)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -100,6 +100,11 @@ class Defense(ABC):
         """Weights may be displaced while gradients are taken and optimizers step (AWP, SAM)."""
         yield
 
+    @property
+    def begins(self) -> float:
+        """The epoch (or share of all epochs) before which it is another method. Default: 0."""
+        return 0.0
+
     def at(self, now: Moment) -> Defense:
         """The defense for this step: for schedules.
 
@@ -128,7 +133,7 @@ class Remembered(nn.Module):
 def take_step(
     defense: Defense,
     nets: Nets,
-    optimizers: Iterable[torch.optim.Optimizer],
+    optimizers: Collection[torch.optim.Optimizer],
     x: Tensor,
     y: Tensor,
     clip: float | None = None,
@@ -233,6 +238,10 @@ class Wrapper(Defense):
 
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         return self.inner.loss(nets, x, x_adv, y)
+
+    @property
+    def begins(self) -> float:
+        return self.inner.begins
 
     def at(self, now: Moment) -> Defense:
         return replace(self, inner=self.inner.at(now))

@@ -61,12 +61,13 @@ def is_best(history: History, of: str = STUDENT) -> bool:
     return bool(history) and history[-1].score(of) is not None and scores[-1] == max(scores)
 
 
-def robust_overfitting(history: History) -> float | None:
-    """Best minus last robust accuracy of the student, in [0, 1]; None if never measured.
+def robust_overfitting(history: History, of: str = STUDENT) -> float | None:
+    """Best minus last robust accuracy of the student or an average, in [0, 1]; None if never
+    measured.
 
     Rice et al. 2020 report 0.06 to 0.09 for PGD-AT.
     """
-    robust = [log.robust for log in history if log.robust is not None]
+    robust = [score[0] for log in history if (score := log.score(of)) is not None]
     return max(robust) - robust[-1] if robust else None
 
 

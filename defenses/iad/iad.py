@@ -61,6 +61,10 @@ class IAD(_Introspective):
 
     begin: float = 0.3
 
+    @property
+    def begins(self) -> float:
+        return self.begin
+
     def at(self, now: Moment) -> Defense:
         return self if now.reached(self.begin) else replace(self, beta=0.0)
 
@@ -102,6 +106,10 @@ class IAD2(_Introspective):
     @property
     def label_weight(self) -> float:
         return 1 - self.teacher_weight - self.natural_weight
+
+    @property
+    def begins(self) -> float:
+        return self.begin
 
     def at(self, now: Moment) -> Defense:
         if now.reached(self.begin):

@@ -25,7 +25,7 @@ class IGDM(Adversarial):
     batchmean. Batch-norm updates: adv, x - d.
 
     Attributes:
-        alpha: weight of the second term at the end; it grows linearly from 0 over the epochs.
+        alpha: weight of the second term at the end; it grows linearly over the epochs.
             Published: 1 on CIFAR-10, 10 on CIFAR-100 and Tiny-ImageNet.
     """
 
@@ -34,7 +34,7 @@ class IGDM(Adversarial):
     alpha: float = 1.0
 
     def at(self, now: Moment) -> IGDM:
-        return replace(self, alpha=self.alpha * now.epoch / now.epochs)
+        return replace(self, alpha=self.alpha * (now.epoch + 1) / now.epochs)
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
         student, teacher = nets["student"], nets["teacher"]

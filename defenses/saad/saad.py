@@ -30,7 +30,7 @@ class SAAD(Adversarial):
 
     Attributes:
         correction: of the first-order term in the attack; 0 attacks as RSLAD does.
-        igdm_alpha: a at the end; it grows linearly from 0 over the epochs. Published: 1 on
+        igdm_alpha: a at the end; it grows linearly over the epochs. Published: 1 on
             CIFAR-10, 10 on CIFAR-100 and Tiny-ImageNet.
         entropy_order: order of the Renyi entropy H; 1 is Shannon's.
         clean_weight: b.
@@ -46,7 +46,7 @@ class SAAD(Adversarial):
     scale: float = 5.0
 
     def at(self, now: Moment) -> SAAD:
-        return replace(self, igdm_alpha=self.igdm_alpha * now.epoch / now.epochs)
+        return replace(self, igdm_alpha=self.igdm_alpha * (now.epoch + 1) / now.epochs)
 
     def craft(self, nets: Nets, x: Tensor, y: Tensor) -> Tensor:
         student = nets["student"]

@@ -163,7 +163,9 @@ def _check_craft(
     # A method that attacks several networks returns a batch for each.
     for name, part in zip(made.trained, torch.split(x_adv, len(x)), strict=False):
         _check_images(part, x, y, nets[name], getattr(inner, "threat", threat))
-    _require(len(x_adv) % len(x) == 0, f"{len(x_adv)} examples for {len(x)} images")
+    batches = len(x_adv) / len(x)
+    _require(batches == int(batches) <= len(made.trained),
+             f"{len(x_adv)} examples for {len(x)} images and {len(made.trained)} networks")
 
 
 def _check_steps(made: Defense, nets: Nets, x: Tensor, y: Tensor) -> None:

@@ -282,7 +282,10 @@ def test_a_training_leaves_its_csv(tmp_path):
     ]
     assert cell.result().history == result.history
     assert {log.images for log in result.history} == {64}
-    assert result.robust_overfitting >= 0 and result.catastrophic_epoch is None
+    for checkpoint in ("best", "last"):
+        facts = result.overfitting(checkpoint)
+        assert facts["robust_overfitting"] >= 0 and facts["catastrophic_epoch"] is None
+    assert result.overfitting("peer")["robust_overfitting"] is None
 
 
 SEEN = []

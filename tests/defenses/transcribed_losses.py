@@ -250,8 +250,8 @@ def gradient_matching(nets: Nets, x: Tensor, x_adv: Tensor) -> Tensor:
 def igdm_loss(
     nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor, now: Moment = NOW, alpha: float = 1.0
 ) -> Tensor:
-    """Section 2.17: KLb(T(x*) || S(x*)) + alpha (epoch / epochs) times gradient matching."""
-    matched = alpha * now.epoch / now.epochs * gradient_matching(nets, x, x_adv)
+    """Section 2.17: KLb(T(x*) || S(x*)) + alpha (epoch / epochs, from 1) times the matching."""
+    matched = alpha * (now.epoch + 1) / now.epochs * gradient_matching(nets, x, x_adv)
     return kl_batchmean(nets["teacher"](x_adv), nets["student"](x_adv)) + matched.sum() / len(y)
 
 
@@ -268,7 +268,7 @@ def saad_loss(
     else:
         entropy = (p**entropy_order).sum(1).log() / (1 - entropy_order)
     w = scale * (entropy - entropy.min())
-    matched = igdm_alpha * now.epoch / now.epochs * gradient_matching(nets, x, x_adv)
+    matched = igdm_alpha * (now.epoch + 1) / now.epochs * gradient_matching(nets, x, x_adv)
     robust = w * (kl_rows(target, student(x_adv)) + matched)
     clean = (1 - w / w.max()) * kl_rows(nets["teacher"](x), student(x))
     return (robust + clean_weight * clean).sum() / len(y)
