@@ -232,7 +232,10 @@ class _Planner:
             augment=str(dataset.augment),
             code=self._try(header),
             selection_sha256=dataset.test.sha256() if train.select == "test" else "",
-            notes=settings.notes,
+            notes=(*settings.notes, *(
+                f"its {role} is trained by the recipe {teacher.spec.recipe}"
+                for role, teacher in teachers.items()
+                if isinstance(teacher, Cell) and teacher.spec.recipe != recipe)),
         )
         key = cell_spec.key()
         cell = Cell(
@@ -256,9 +259,8 @@ class _Planner:
     def _taught(self, role: str, name: str, taught_by: str, seed: int) -> Cell:
         """The cell of a teacher that nobody brought."""
         recipe = self.spec.recipe
-        # Official code takes a natural network from elsewhere; no source documents its training.
-        if not documented(recipe, taught_by, self.dataset.name) and taught_by == "standard":
-            recipe = "unified"
+        if not documented(recipe, taught_by, self.dataset.name):
+            recipe = "unified"  # official code has such a network from elsewhere
         try:
             return self.cell(taught_by, seed, recipe=recipe)
         except UsageError as error:

@@ -157,6 +157,9 @@ def fit(
     attack = PGD(threat, config.select_steps, config.select_step_size)
     try:
         watcher.begin(progress.history)
+        for name in sorted(nets):
+            if config.precision == "bf16" and views[name] is nets[name]:
+                watcher.warn(f"the {name} is no network for bf16: it is computed as it is")
         while progress.epoch < config.epochs:
             with seeded(seed, "epoch", progress.epoch):
                 log = _epoch(run, progress)
