@@ -324,12 +324,11 @@ class Search:
     # What survives a kill
 
     def _describe(self, images: Images) -> str:
-        attack = self._attack
-        facts = [FORMAT, attack.config(self._classes), str(attack.threat), self._seed,
-                 robench.__version__]
-        config = json.dumps(facts, sort_keys=True, default=str)
+        config, threat = self._attack.config(self._classes), str(self._attack.threat)
+        facts = [FORMAT, config, threat, self._seed, robench.__version__]
+        text = json.dumps(facts, sort_keys=True, default=str)
         pixels = images.ids.cpu().numpy().tobytes() + self._y.cpu().numpy().tobytes()
-        return hashlib.sha256(config.encode() + pixels).hexdigest()
+        return hashlib.sha256(text.encode() + pixels).hexdigest()
 
     def save(self) -> None:
         """Write the state file, if there is one."""
