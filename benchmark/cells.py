@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -21,7 +18,7 @@ from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
 from robench.benchmark.logs import Run, Several, TrainingCsv, find_watcher, start_watcher
 from robench.benchmark.models import source_hash
-from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update
+from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update, relayed
 from robench.benchmark.recipe import (
     ModelSpec,
     Settings,
@@ -193,9 +190,9 @@ class _Planner:
         threat = ThreatModel.parse(released or spec.threat or default_threat(dataset.name))
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
-        if not spec.smoke and not Moment(train.epochs - 1, train.epochs).reached(defense.begins):
-            raise UsageError(f"{name} would begin with epoch {defense.begins:g}, and there are "
-                             f"{train.epochs}: more epochs, or begin earlier (see its card)")
+        if not spec.smoke and not defense.begun(Moment(train.epochs - 1, train.epochs)):
+            raise UsageError(f"{name} would not have begun when the last of {train.epochs} epochs "
+                             "does: take more epochs, or let it begin earlier (see its card)")
         if spec.devices > 1:
             check_splits(name, defense)
         teachers: dict[str, Cell | Network] = {
@@ -250,7 +247,7 @@ class _Planner:
         )
         together = (cell.result() or cell).devices  # that have trained it, or will
         if together > 1:  # rounding differs, so one may want to know
-            notes = (*settings.notes, f"trained on {together} devices together")
+            notes = (*cell_spec.notes, f"trained on {together} devices together")
             cell = replace(cell, spec=cell_spec.model_copy(update={"notes": notes}))
         if key not in self.cells or baseline:
             self.cells[key] = cell
@@ -315,24 +312,11 @@ def train(cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter
     if cell.result() is None and cell.devices == 1:
         _train(cell, dataset, device, reporter)
     elif cell.result() is None:
-        with _relayed(reporter) as messages:
+        with relayed(reporter) as messages:
             launch(device.type, cell.devices, _train_together, cell, dataset, messages)
     result = cell.result()
     assert result is not None, "a training that does not fail leaves its result"
     return result
-
-
-@contextmanager
-def _relayed(reporter: Reporter) -> Iterator[Queue[Message]]:
-    """A queue through which the Remote reporters of other processes use this one."""
-    messages: Queue[Message] = multiprocessing.get_context("spawn").Queue()
-    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
-    screen.start()
-    try:
-        yield messages
-    finally:
-        messages.put(("end", None, None, None))
-        screen.join()
 
 
 def _train_together(

@@ -13,16 +13,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 
 import torch
 
 from robench.benchmark.cells import Cell
 from robench.benchmark.matrix import Matrix
-from robench.benchmark.progress import Message, Remote, Reporter
+from robench.benchmark.progress import Message, Remote, Reporter, relayed
 from robench.benchmark.sources import cores
 from robench.benchmark.spec import RunSpec
+from robench.defenses.launch import die_with_parent
 from robench.errors import RobenchError, UsageError
 
 _matrix: Matrix  # of this worker process
@@ -65,44 +65,31 @@ def _wait(futures: list[Future[int]]) -> int:
 @contextlib.contextmanager
 def _pool(spec: RunSpec, reporter: Reporter) -> Iterator[ProcessPoolExecutor]:
     """Processes are started when there is work; their progress is shown by `reporter`."""
-    # spawn: a forked child inherits torch's thread pools in an unusable state
-    context = multiprocessing.get_context("spawn")
-    messages: Queue[Message] = context.Queue()
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // spec.jobs)
-    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
-    screen.start()
-    pool = ProcessPoolExecutor(
-        spec.jobs, context, initializer=_start, initargs=(spec, threads, messages)
-    )
-    others, finished = set(multiprocessing.active_children()), False
-    try:
-        yield pool
-        finished = True
-    except BrokenProcessPool:
-        raise RobenchError("a worker process died, perhaps for want of memory; what is finished "
-                           "is kept: run it again with --jobs 1") from None
-    finally:
-        if not finished:  # nobody waits for what the workers are doing now
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-        pool.shutdown(wait=finished, cancel_futures=True)
-        messages.put(("end", None, None, None))
-        screen.join()
+    with relayed(reporter) as messages:
+        # spawn: a forked child inherits torch's thread pools in an unusable state
+        pool = ProcessPoolExecutor(spec.jobs, multiprocessing.get_context("spawn"),
+                                   initializer=_start, initargs=(spec, threads, messages))
+        others, finished = set(multiprocessing.active_children()), False
+        try:
+            yield pool
+            finished = True
+        except BrokenProcessPool:
+            raise RobenchError("a worker process died, perhaps for want of memory; what is "
+                               "finished is kept: run it again with --jobs 1") from None
+        finally:
+            if not finished:  # nobody waits for what the workers are doing now
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+            pool.shutdown(wait=finished, cancel_futures=True)
 
 
 def _start(spec: RunSpec, threads: int, messages: Queue[Message]) -> None:
     global _matrix, _cells
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _matrix = Matrix(spec, Remote(messages))
     _cells = {cell.spec.key(): cell for cell in _matrix.plan()[0]}
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker process has a parent"
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _train(key: str) -> int:

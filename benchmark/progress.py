@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,6 +139,19 @@ class Remote(Reporter):
             yield update
         finally:
             self._messages.put(("close", key, None, None))
+
+
+@contextmanager
+def relayed(reporter: Reporter) -> Iterator[Queue[Message]]:
+    """A queue through which the Remote reporters of other processes use this one."""
+    messages: Queue[Message] = multiprocessing.get_context("spawn").Queue()
+    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
+    screen.start()
+    try:
+        yield messages
+    finally:
+        messages.put(("end", None, None, None))
+        screen.join()
 
 
 class EpochWatcher(Watcher):

@@ -100,10 +100,9 @@ class Defense(ABC):
         """Weights may be displaced while gradients are taken and optimizers step (AWP, SAM)."""
         yield
 
-    @property
-    def begins(self) -> float:
-        """The epoch (or share of all epochs) before which it is another method. Default: 0."""
-        return 0.0
+    def begun(self, now: Moment) -> bool:
+        """Whether it is more than the method that it starts out as. Default: always."""
+        return True
 
     def at(self, now: Moment) -> Defense:
         """The defense for this step: for schedules.
@@ -239,9 +238,8 @@ class Wrapper(Defense):
     def loss(self, nets: Nets, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         return self.inner.loss(nets, x, x_adv, y)
 
-    @property
-    def begins(self) -> float:
-        return self.inner.begins
+    def begun(self, now: Moment) -> bool:
+        return self.inner.begun(now)
 
     def at(self, now: Moment) -> Defense:
         return replace(self, inner=self.inner.at(now))

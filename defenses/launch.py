@@ -82,7 +82,7 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent, too, who ends us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     try:
         function(team, _connected(team, kind, port), *args)
         dist.destroy_process_group()
@@ -119,7 +119,8 @@ def _free_port() -> int:
         return port
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For a thread of a worker process: without its parent it is of no use."""
     parent = parent_process()
     assert parent is not None, "these processes have a parent"
     wait([parent.sentinel])

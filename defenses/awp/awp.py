@@ -38,9 +38,8 @@ class AWP(Wrapper):
     gamma: float = 0.005
     warm_up: float = 0.0
 
-    @property
-    def begins(self) -> float:
-        return self.warm_up or self.inner.begins
+    def begun(self, now: Moment) -> bool:
+        return now.reached(self.warm_up) and super().begun(now)
 
     def at(self, now: Moment) -> Defense:
         return super().at(now) if now.reached(self.warm_up) else self.inner.at(now)

@@ -61,9 +61,8 @@ class IAD(_Introspective):
 
     begin: float = 0.3
 
-    @property
-    def begins(self) -> float:
-        return self.begin
+    def begun(self, now: Moment) -> bool:
+        return now.reached(self.begin)
 
     def at(self, now: Moment) -> Defense:
         return self if now.reached(self.begin) else replace(self, beta=0.0)
@@ -107,9 +106,8 @@ class IAD2(_Introspective):
     def label_weight(self) -> float:
         return 1 - self.teacher_weight - self.natural_weight
 
-    @property
-    def begins(self) -> float:
-        return self.begin
+    def begun(self, now: Moment) -> bool:
+        return now.reached(self.begin)
 
     def at(self, now: Moment) -> Defense:
         if now.reached(self.begin):

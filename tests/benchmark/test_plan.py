@@ -44,11 +44,12 @@ def test_everything_as_released_can_be_planned(named, dataset):
 
 @pytest.mark.parametrize(("defense", "option", "epochs", "begins"), [
     ("trades+awp", {"awp.warm_up": 9}, 9, 10), ("iad", {"begin": 60}, 60, 61),
-    ("iad-ii", {"begin": 3}, 3, 4)])
+    ("iad-ii", {"begin": 3}, 3, 4),
+    ("iad+awp", {"begin": 4, "awp.warm_up": 2}, 4, 5)])
 def test_a_method_that_would_never_begin_is_refused(named, defense, option, epochs, begins):
     request = {"defenses": (defense,), "options": {defense: option},
                "train": {"swa_start": None}}
-    with pytest.raises(UsageError, match=f"{epochs}: more epochs"):
+    with pytest.raises(UsageError, match=f"the last of {epochs} epochs"):
         planned(named("digits"), epochs=epochs, **request)
     planned(named("digits"), epochs=begins, **request)
     planned(named("digits"), epochs=epochs, smoke=True, **request)
