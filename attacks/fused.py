@@ -17,6 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 _ADD = {operator.add, operator.iadd, torch.add}
 _RELU = {F.relu, torch.relu}
 _BATCH = 32  # the weights' layout is chosen for such batches
+_NARROW = 4  # inputs up to which the gradient of a convolution is computed in blocks
 
 
 def fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
@@ -61,24 +62,29 @@ class Fused(nn.Conv2d):
         assert not isinstance(conv.padding, str)
         self._around: tuple[int, ...] = conv.padding
         # In float32 the copies would cost more memory than they save time.
-        self._packed = conv.weight.detach()
+        self._packed = weight = conv.weight.detach()
         self._back: Tensor | None = None
-        if conv.weight.dtype == torch.bfloat16:
-            self._pack(conv.kernel_size, size)
-
-    def _pack(self, kernel: tuple[int, ...], size: tuple[int, int]) -> None:
-        """Weights as the kernels want them. Back through a convolution of stride 1 the way is a
-        convolution, too."""
-        pack, weight = torch.ops.mkldnn._reorder_convolution_weight, self._packed
-        self._packed = pack(weight, *self._how(self._around), [_BATCH, self.in_channels, *size])
-        back = tuple(k - 1 - p for k, p in zip(kernel, self._around, strict=True))
-        if set(self.stride) != {1} or set(self.dilation) != {1} or min(back) < 0:
+        self._blocks = False
+        packs = weight.dtype == torch.bfloat16
+        if packs:
+            self._packed = _packed(weight, self._how(self._around), (self.in_channels, *size))
+        # Back through a convolution of stride 1 the way is a convolution, too.
+        back = tuple(k - 1 - p for k, p in zip(conv.kernel_size, self._around, strict=True))
+        narrow = self.in_channels <= _NARROW and not any(n % 2 for n in size)
+        straight = set(self.stride) == {1} == set(self.dilation) and min(back) >= 0
+        if not straight or not (packs or narrow):
             return
-        turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        shape = [_BATCH, self.out_channels, *(n + k - 1 - 2 * b for n, k, b in zip(
-            size, kernel, back, strict=True))]
-        self._back, self._back_around = pack(turned, *self._how(back), shape), back
-        self.register_parameter("weight", None)  # nobody reads it any more
+        turned = weight.flip(2, 3).transpose(0, 1)
+        turned = _in_blocks(turned) if narrow else turned
+        self._back = turned.contiguous(memory_format=torch.channels_last)
+        self._blocks, stride = narrow, (2, 2) if narrow else (1, 1)
+        self._back_how = back, stride, self.dilation, self.groups
+        if packs:
+            shape = (self.out_channels, *(n + k - 1 - 2 * b for n, k, b in zip(
+                size, conv.kernel_size, back, strict=True)))
+            self._back = _packed(self._back, self._back_how, shape)
+        if not narrow:
+            self.register_parameter("weight", None)  # nobody reads it any more
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or getattr(other, "requires_grad", False)):
@@ -105,10 +111,11 @@ class Fused(nn.Conv2d):
 
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Of the input, from that of the convolution's output."""
-        if self._back is not None:
+        fits = not (self._blocks and any(n % 2 for n in x.shape[2:]))
+        if self._back is not None and fits:
             back: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                grad, self._back, None, *self._how(self._back_around), "none", [], "")
-            return back
+                grad, self._back, None, *self._back_how, "none", [], "")
+            return F.pixel_shuffle(back, 2) if self._blocks else back
         made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             grad, x, self.weight, None, self.stride, self.padding, self.dilation, False, [0, 0],
             self.groups, [True, False, False])
@@ -116,6 +123,20 @@ class Fused(nn.Conv2d):
 
     def _how(self, padding: tuple[int, ...]) -> tuple[Any, ...]:
         return padding, self.stride, self.dilation, self.groups
+
+
+def _packed(weight: Tensor, how: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
+    """Weights as the kernel wants them for images of that shape (C, H, W)."""
+    made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, [_BATCH, *shape])
+    return made
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    """(4 C', C, k + 1, k + 1) of (C', C, k, k): what gives blocks of 2 x 2 outputs, to be
+    shuffled into place, at stride 2. Kernels work on 16 outputs at a time: three colors alone
+    would leave most of that idle."""
+    shifted = [F.pad(weight, (b, 1 - b, a, 1 - a)) for a in (0, 1) for b in (0, 1)]
+    return torch.stack(shifted, 1).flatten(0, 1)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -5,8 +5,8 @@ which grows from layer to layer by the reach of the kernels. `Local` keeps the a
 known images and computes these windows alone, up to the layer where they cover so much of the
 map that it pays no longer; the rest of the network, the tail, runs as it is.
 
-A known image has a name: whose it is, and how often it has been replaced by a proposal. The
-activations of one image become those of the next by the windows that were computed for it.
+A known image has a name and a version. A proposal that is taken over is the next version of its
+image: the activations of one become those of the other by the windows that were computed for it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,34 @@ MEMORY = 2**28  # bytes that images and activations may take
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """How proposals differ from known images. All are (N,) int64.
+
+    Attributes:
+        key, version: the known image. Two images of one key and version are the same.
+        after: the version that the proposal would be.
+        top, left, size: outside of this square the two are equal: rows from `top`, columns from
+            `left` on, inside of the image. Of size 0: no such square is known.
+    """
+
+    key: Tensor
+    version: Tensor
+    after: Tensor
+    top: Tensor
+    left: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Look:
     """What the last call computed for the squares of one size: known, should they be taken.
 
     Attributes:
-        row: of each unit's place in the cache.
+        row: of a proposal, by the place of its image in the cache and the version it would be.
         at: the places of the windows. values: the windows.
     """
 
-    row: dict[int, int]
+    row: dict[tuple[int, int], int]
     at: list[Place]
     values: dict[fx.Node, Tensor]
 
@@ -66,7 +85,7 @@ class Local:
         self._dense = tail_work(model, ())
         self._plans: dict[int, Plan | None] = {}
         self._looks: dict[int, _Look] = {}
-        self._slots: dict[int, int] = {}  # of the units, in the tensors below
+        self._slots: dict[int, int] = {}  # of the keys, in the tensors below
         self._sizes: list[int] = []  # of the squares for which a slot holds what is needed
         self._versions: list[int] = []  # of the image whose maps a slot holds
         self._maps: dict[fx.Node, Tensor] = {}
@@ -82,28 +101,18 @@ class Local:
         work = self._dense * units
         return plan is not None and plan.cost(units) <= PAYS * work
 
-    def logits(
-        self, keys: Tensor, version: Tensor, proposal: Tensor, base: Tensor, top: Tensor,
-        left: Tensor, size: Tensor,
-    ) -> Tensor:
-        """Logits (N, K) of `proposal`, in the network's type.
-
-        Args:
-            keys: (N,) int64 names of the units.
-            version: (N,) how many of its proposals a unit has taken over. Two images of one name
-                and version are the same.
-            proposal, base: (N, C, H, W) equal outside of the squares.
-            top, left, size: (N,) the squares: rows from `top`, columns from `left` on, inside of
-                the image. Of size 0: none is known.
-        """
-        names, versions, sizes = torch.stack([keys, version, size]).tolist()
+    def logits(self, change: Change, proposal: Tensor, base: Tensor) -> Tensor:
+        """Logits (N, K) of `proposal` (N, C, H, W), in the network's type; `base` are the known
+        images."""
+        keys, versions, after, sizes = torch.stack(
+            [change.key, change.version, change.after, change.size]).tolist()
         same = tuple(proposal.shape[1:]) == shape_of(self._image)[1:]
         saves = {s for s, n in Counter(sizes).items() if same and self.saves(s, n)}
         looks, self._looks = self._looks, {}
         if not saves:
             return self._dense_logits(proposal)
-        slots = self._take([key if s in saves else None
-                            for key, s in zip(names, sizes, strict=True)])
+        slots = self._take([(key, version) if s in saves else None
+                            for key, version, s in zip(keys, versions, sizes, strict=True)])
         groups: dict[int, list[int]] = {}
         for row, (slot, s) in enumerate(zip(slots, sizes, strict=True)):
             groups.setdefault(0 if slot < 0 else s, []).append(row)
@@ -117,7 +126,8 @@ class Local:
             assert plan is not None
             places = [slots[row] for row in rows]
             self._refresh(plan, places, [versions[row] for row in rows], base[pick], looks.get(s))
-            parts.append(self._look(plan, places, proposal[pick], top[pick], left[pick]))
+            parts.append(self._look(plan, places, [after[row] for row in rows], proposal[pick],
+                                    change.top[pick], change.left[pick]))
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([row for rows in groups.values() for row in rows])
@@ -141,20 +151,19 @@ class Local:
 
     # The units' places
 
-    def _take(self, keys: Sequence[int | None]) -> list[int]:
-        """A place for each key; -1 for None, for a key's second row, and where none is left."""
-        wanted = set(keys)
+    def _take(self, names: Sequence[tuple[int, int] | None]) -> list[int]:
+        """A place for each (key, version); -1 for None, for the second version of a key in the
+        batch, and where no place is left."""
+        wanted: dict[int, int] = {}
+        for name in names:
+            if name is not None:
+                wanted.setdefault(*name)
         gone = iter([key for key in self._slots if key not in wanted])
-        slots, seen = [], set[int]()
-        for key in keys:
-            slot = -1
-            if key is not None and key not in seen:
-                seen.add(key)
-                slot = self._slots[key] if key in self._slots else self._free(gone)
-                if slot >= 0:
-                    self._slots[key] = slot
-            slots.append(slot)
-        return slots
+        for key in wanted:
+            if key not in self._slots and (slot := self._free(gone)) >= 0:
+                self._slots[key] = slot
+        return [self._slots.get(name[0], -1)
+                if name is not None and wanted[name[0]] == name[1] else -1 for name in names]
 
     def _free(self, gone: Iterator[int]) -> int:
         """A new place, or that of a unit which is not in the batch."""
@@ -186,23 +195,26 @@ class Local:
     ) -> None:
         """Make the places hold the maps of `base`."""
         stale: list[int] = []
-        taken: list[int] = []
+        taken: list[tuple[int, int]] = []  # (place, row of the last call)
         for row, (slot, version) in enumerate(zip(slots, versions, strict=True)):
-            ahead = version - self._versions[slot]
-            if self._sizes[slot] != plan.size or ahead not in (0, 1):
+            known = self._sizes[slot] == plan.size
+            if known and self._versions[slot] == version:
+                continue
+            before = last.row.get((slot, version)) if known and last is not None else None
+            if before is None:
                 stale.append(row)
-            elif ahead:
-                (taken if last is not None and slot in last.row else stale).append(row)
-            self._versions[slot] = version
+            else:
+                taken.append((slot, before))
+            self._sizes[slot], self._versions[slot] = plan.size, version
         if last is not None and taken:
-            self._commit(plan, [slots[row] for row in taken], last)
+            self._commit(plan, taken, last)
         if stale:
             rows = slice(None) if len(stale) == len(slots) else torch.tensor(stale)
             self._fill(plan, [slots[row] for row in stale], base[rows])
 
-    def _commit(self, plan: Plan, slots: list[int], last: _Look) -> None:
-        """Take over the squares of the last call that these units accepted."""
-        places, before = torch.tensor(slots), torch.tensor([last.row[slot] for slot in slots])
+    def _commit(self, plan: Plan, taken: list[tuple[int, int]], last: _Look) -> None:
+        """Take over squares of the last call: (place, row there)."""
+        places, before = torch.tensor(taken).unbind(1)
         for node in plan.kept:
             top, left = last.at[plan.place[node]]
             margin, values = self._margins[node], last.values[node][before]
@@ -212,13 +224,12 @@ class Local:
         places = torch.tensor(slots)
         for node, values in zip(plan.kept, plan.fill(self._prepared(base)), strict=True):
             _inner(self._map(node), self._margins[node])[places] = values
-        for slot in slots:
-            self._sizes[slot] = plan.size
 
     # The windows
 
     def _look(
-        self, plan: Plan, slots: list[int], proposal: Tensor, top: Tensor, left: Tensor
+        self, plan: Plan, slots: list[int], after: list[int], proposal: Tensor, top: Tensor,
+        left: Tensor,
     ) -> Tensor:
         """Logits of proposals whose known images are in these places."""
         at, rows, places = plan.places(top, left), torch.arange(len(slots)), torch.tensor(slots)
@@ -235,17 +246,16 @@ class Local:
             return around
 
         def whole(node: fx.Node) -> Tensor:
-            maps = _inner(self._map(node), self._margins[node])
-            maps = (maps[: len(slots)].clone(memory_format=torch.channels_last)
-                    if _in_order(slots) else maps[places])
+            (h, w), margin = shape_of(node)[2:], torch.tensor(self._margins[node])
+            maps = _cut(self._map(node), h, w, places, margin, margin)
             _put(maps, values[node], rows, *at[plan.place[node]])
             return maps
 
         for node, run, reads in plan.steps:
             values[node] = run([part(read) for read in reads])
         kept = {node: values[node] for node in plan.kept}
-        place = {slot: row for row, slot in enumerate(slots)}
-        self._looks[plan.size] = _Look(place, at, kept)
+        row = {name: i for i, name in enumerate(zip(slots, after, strict=True))}
+        self._looks[plan.size] = _Look(row, at, kept)
         logits: Tensor = plan.tail(*map(whole, plan.frontier))
         return logits
 
@@ -274,10 +284,6 @@ def _put(maps: Tensor, values: Tensor, rows: Tensor, top: Tensor, left: Tensor) 
 def _inner(maps: Tensor, margin: int) -> Tensor:
     h, w = maps.shape[2:]
     return maps[:, :, margin : h - margin, margin : w - margin]
-
-
-def _in_order(slots: Sequence[int]) -> bool:
-    return list(slots) == list(range(len(slots)))
 
 
 def _grown(

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
 from robench.attacks.fused import Fused, fused
-from robench.attacks.local import Local
+from robench.attacks.local import Change, Local
 from robench.attacks.verify import full_precision
 from robench.attacks.windows import separate
 
@@ -37,11 +37,13 @@ class Network:
     Attributes:
         forwards, backwards: images passed so far; the padding of `ieee` is not counted.
         prepared: what was done to the model, for the record.
+        batch: images that a pass should have at least, for a stepper that has the choice.
     """
 
     def __init__(self, model: Classifier, precision: Precision, sample: Tensor) -> None:
         """sample: (N, C, H, W) a few of the images, to check the prepared network on."""
         self.forwards = self.backwards = 0
+        self.batch = 1
         self._model, self.prepared = model, "as it is"
         self._micro = precision == "ieee"
         self._dtype: torch.dtype | None = torch.bfloat16 if precision == "bf16" else None
@@ -63,10 +65,7 @@ class Network:
         with torch.no_grad():
             return self._logits(self._chunks(x), len(x), x.dtype)
 
-    def near(
-        self, keys: Tensor, version: Tensor, proposal: Tensor, base: Tensor, top: Tensor,
-        left: Tensor, size: Tensor,
-    ) -> Tensor:
+    def near(self, change: Change, proposal: Tensor, base: Tensor) -> Tensor:
         """logits(proposal), for less work where it differs in a small square from known images.
 
         The arguments are those of `Local.logits`. Only a folded network on a CPU uses them.
@@ -78,7 +77,7 @@ class Network:
             self._local = Local(cast(fx.GraphModule, self._model), self._sample)
         self.forwards += len(proposal)
         with torch.no_grad():
-            logits = self._local.logits(keys, version, proposal, base, top, left, size)
+            logits = self._local.logits(change, proposal, base)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:

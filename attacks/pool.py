@@ -89,10 +89,12 @@ class Step:
         candidate: (N, C, H, W) an image of each unit whose logits were seen.
         margin: (N,) largest wrong logit minus true logit; positive where misclassified, -inf
             where the candidate must not count, for example because it is outside the ball.
+        steps: (N,) steps that each unit is further now; 1 for all unless the stepper looks ahead.
     """
 
     candidate: Tensor
     margin: Tensor
+    steps: Tensor | int = 1
 
 
 class Stepper(Protocol):
@@ -110,7 +112,7 @@ class Stepper(Protocol):
 
     @property
     def steps(self) -> int:
-        """Calls of `step` in a unit's life."""
+        """Steps in a unit's life."""
 
     @property
     def unseen_end(self) -> bool:
@@ -126,7 +128,8 @@ class Stepper(Protocol):
         """The state before the first step, without a pass through the network."""
 
     def step(self, net: Network, units: Units) -> Step:
-        """Advance every unit by one step: replaces tensors of units.state."""
+        """Advance every unit by a step, or by as many as the result says: replaces tensors of
+        units.state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,7 @@ class Pool:
                 self._confirm()
                 continue
             step = self._stepper.step(self._net, flying)
-            flying.step += 1
+            flying.step += step.steps
             # What is no number is no correct answer: full precision will tell.
             margin = step.margin.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
             claimed, done = margin > flying.bar, flying.step >= self._stepper.steps

@@ -26,7 +26,7 @@ from robench.attacks.state import read_state, units_of, write_state
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
 
-FORMAT = 2  # of the state file: counts up when a stepper's state changes
+FORMAT = 3  # of the state file: counts up when a stepper's state changes
 STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
 
 
@@ -214,6 +214,7 @@ class Search:
         self._costs = [s.stepper.steps * u * s.share
                        for s, u in zip(self._stages, units, strict=True)]
         self._slots = self._slots or auto_slots(self._net, self._x, n * max(units))
+        self._net.batch = self._slots
         self._identity = self._describe(images)
         self._fingerprint = ready.fingerprint.cpu().numpy()
         self._load(images)

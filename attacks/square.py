@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.base import ATTACKS
+from robench.attacks.local import Change
 from robench.attacks.network import Network
 from robench.attacks.noise import quick_uniform, words
 from robench.attacks.objectives import cw_margin
-from robench.attacks.pool import State, Step, Units
+from robench.attacks.pool import State, Step, Units, per_image
 from robench.attacks.search import OneStage
 from robench.attacks.threat import Norm, ThreatModel
 from robench.errors import UsageError
@@ -23,6 +24,9 @@ from robench.errors import UsageError
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 ORDER = {"L2": 2, "L1": 1}
 _TINY = 1e-12
+# A unit looks one query further ahead for each so many in a row that changed nothing: if an
+# improvement is as likely as that suggests, about 1 look of 16 is in vain.
+_PATIENCE = 4
 
 
 @ATTACKS.register(
@@ -42,6 +46,10 @@ class Square(OneStage):
 
     Every unit draws squares of its own, and all places are equally likely. (AutoAttack shares
     each square among a batch, and its rounding never reaches the last row and column.)
+
+    Most changes improve nothing, and the next query then starts from the same image. So where a
+    batch has room, several queries of a unit are looked at in one pass; the first improvement
+    counts, and what was looked at behind it is forgotten. The path is that of one by one.
 
     Attributes:
         queries: random changes per restart; there is one pass more.
@@ -90,23 +98,49 @@ class Square(OneStage):
                 "seed": (high << 32) | low, "taken": torch.zeros_like(units.step)}
 
     def step(self, net: Network, units: Units) -> Step:
-        state = units.state
-        if self.threat.norm == "Linf":
-            proposal, *square = self._square(units)
-            # Copies of an image with different labels go different ways.
-            names = state["seed"] + units.y
-            logits = net.near(names, state["taken"], proposal, state["x_adv"], *square)
-        else:
-            proposal = self._windows(units)
-            logits = net.logits(proposal)
-        margin = cw_margin(logits, units.y)
+        state, n = units.state, len(units)
+        room = net.batch // n
+        asked, owner, last = self._ahead(units, room) if room > 1 else (units, None, None)
+        proposal, margin = self._looks(net, asked)
+        if owner is not None and last is not None:
+            # What is no number is no correct answer: the pool has to see it.
+            ends = ~(margin <= asked.state["margin"])
+            rows = torch.arange(len(owner), device=owner.device)
+            first = last.scatter_reduce(0, owner, rows.where(ends, len(rows)), "amin")
+            proposal, margin = proposal[first], margin[first]
+            asked.step = asked.step[first]
         better = margin > state["margin"]
         # lerp with weights 0 and 1 copies exactly and is faster than where.
-        accept = better[:, None, None, None].to(proposal.dtype)
+        accept = per_image(better).to(proposal.dtype)
         state["x_adv"] = torch.lerp(state["x_adv"], proposal, accept)
-        state["taken"] = state["taken"] + better
+        state["taken"] = torch.where(better, asked.step + 1, state["taken"])
         state["margin"] = torch.where(better, margin, state["margin"])
-        return Step(proposal, margin)
+        return Step(proposal, margin, asked.step + 1 - units.step)
+
+    def _ahead(self, units: Units, room: int) -> tuple[Units, Tensor, Tensor]:
+        """Up to `room` queries of each unit, as units of their own, one unit's after another's;
+        (M,) whose they are, (N,) the last one of each."""
+        idle = units.step - units.state["taken"]
+        count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
+        count = count.minimum(units.step.min() + 2 * room - units.step).clamp_min(1)
+        owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
+        end = count.cumsum(0)
+        asked = units.take(owner)
+        asked.step += torch.arange(len(owner), device=owner.device) - (end - count)[owner]
+        return asked, owner, end - 1
+
+    def _looks(self, net: Network, units: Units) -> tuple[Tensor, Tensor]:
+        """The proposals of the units, and their margins (N,)."""
+        state = units.state
+        if self.threat.norm != "Linf":
+            proposal = self._windows(units)
+            logits = net.logits(proposal)
+        else:
+            proposal, *square = self._square(units)
+            # Copies of an image with different labels go different ways.
+            change = Change(state["seed"] + units.y, state["taken"], units.step + 1, *square)
+            logits = net.near(change, proposal, state["x_adv"])
+        return proposal, cw_margin(logits, units.y)
 
     # Linf
 

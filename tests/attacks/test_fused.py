@@ -73,6 +73,21 @@ def test_what_is_fused():
     assert [name.__name__ for name in left] == ["relu", "add", "add", "gelu"]
 
 
+@kernels
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 1), (3, 0), (5, 2), ((3, 5), (2, 1))])
+@pytest.mark.parametrize("size", [(8, 6), (8, 7), (7, 7)])
+def test_the_gradient_of_a_few_channels(kernel, padding, size):
+    """In blocks where they fit, whatever size the layer was made for."""
+    conv = nn.Conv2d(3, 5, kernel, padding=padding).requires_grad_(False)
+    x = torch.rand(4, 3, *size, requires_grad=True)
+    grad = torch.rand_like(conv(x))
+    wanted = torch.autograd.grad(conv(x), x, grad)[0]
+    for made_for in ((8, 8), (7, 7)):
+        layer = Fused(conv, made_for, relu=False)
+        assert (layer._back is not None) == (made_for == (8, 8))
+        torch.testing.assert_close(layer.gradient(grad, x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_other_types_are_left_alone():
     net = fx.symbolic_trace(Every().double().eval().requires_grad_(False))
     assert fused(net, X.double()) is net

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from robench.attacks import ThreatModel
 from robench.attacks import local as local_module
-from robench.attacks.local import Local
+from robench.attacks.local import Change, Local
 from robench.attacks.network import Network
 from robench.attacks.pool import Images, new_units
 from robench.attacks.square import Square
@@ -81,8 +81,13 @@ def always(monkeypatch):
     monkeypatch.setattr(Local, "saves", lambda self, size, n: self._plan(size) is not None)
 
 
+def change(keys, version, top, left, sizes, after=None):
+    return Change(keys, version, version + 1 if after is None else after, top, left, sizes)
+
+
 def walk(net, shape, calls, units=6, most=None):
-    """Random proposals, acceptance and batches; yields logits and those of the whole network."""
+    """Random proposals, one or more of an image, acceptance and batches; yields logits and those
+    of the whole network."""
     local = Local(net, torch.rand(1, *shape, dtype=torch.float64))
     local.saves = lambda size, n: local._plan(size) is not None
     local._most = most or local._most
@@ -93,17 +98,21 @@ def walk(net, shape, calls, units=6, most=None):
             sizes = torch.randint(0, min(shape[1:]) + 1, (units,))
             sizes = sizes.clamp_max(3) if torch.rand(()) < 0.5 else sizes
             sizes[: units // 2] = sizes[0]
-        proposal, top, left = proposals(base, sizes)
         rows = torch.randperm(units)[: int(torch.randint(1, units + 1, ()))]
         if torch.rand(()) < 0.5:
             rows = torch.arange(units)
-        yield (local.logits(rows * 7, version[rows], proposal[rows], base[rows], top[rows],
-                            left[rows], sizes[rows]), net(proposal[rows]))
-        taken = torch.rand(units) < 0.5
-        base, version = torch.where(taken[:, None, None, None], proposal, base), version + taken
+        rows = rows.repeat_interleave(torch.randint(1, 4, (len(rows),)))
+        proposal, top, left = proposals(base[rows], sizes[rows])
+        after = 100 * call + torch.arange(len(rows)) + 1
+        yield (local.logits(change(rows * 7, version[rows], top, left, sizes[rows], after),
+                            proposal, base[rows]), net(proposal))
+        taken = torch.rand(len(rows)) < 0.4  # of two of one image the last
+        base, version = base.clone(), version.clone()
+        for row in taken.nonzero().flatten():
+            base[rows[row]], version[rows[row]] = proposal[row], after[row]
         if torch.rand(()) < 0.2:  # an image that nobody has seen
             other = int(torch.randint(units, ()))
-            base[other], version[other] = torch.rand(shape, dtype=torch.float64), 1000 * (call + 1)
+            base[other], version[other] = torch.rand(shape, dtype=torch.float64), -call - 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,7 +142,7 @@ def test_networks_of_the_benchmark(name, always):
     sizes, version = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
     for _ in range(3):
         proposal, top, left = proposals(x, sizes)
-        got = network.near(torch.arange(8), version, proposal, x, top, left, sizes)
+        got = network.near(change(torch.arange(8), version, top, left, sizes), proposal, x)
         torch.testing.assert_close(got, network.logits(proposal), rtol=1e-4, atol=1e-5)
         x[::2] = proposal[::2]
         version[::2] += 1
@@ -148,8 +157,8 @@ def test_a_name_twice_and_units_in_another_order_are_seen(always):
     for names in ([0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 1, 1], [3, 2, 1, 0]):
         keys = torch.tensor(names)
         proposal, top, left = proposals(images[keys], sizes)
-        got = local.logits(keys, torch.zeros(4, dtype=torch.int64), proposal, images[keys], top,
-                           left, sizes)
+        version = torch.zeros(4, dtype=torch.int64)
+        got = local.logits(change(keys, version, top, left, sizes), proposal, images[keys])
         torch.testing.assert_close(got, net(proposal))
 
 
@@ -165,7 +174,7 @@ def test_only_the_windows_are_computed(always, monkeypatch):
         filled.append(len(slots)), fill(self, plan, slots, base)))
     for _ in range(6):
         proposal, top, left = proposals(base, sizes)
-        local.logits(torch.arange(3), version, proposal, base, top, left, sizes)
+        local.logits(change(torch.arange(3), version, top, left, sizes), proposal, base)
         taken = torch.rand(3) < 0.5
         base, version = torch.where(taken[:, None, None, None], proposal, base), version + taken
     assert filled == [3]
@@ -241,7 +250,7 @@ def test_square_decides_as_with_the_whole_network(always):
     for plain in (False, True):
         network = Network(net, "exact", x[:4])
         if plain:
-            network.near = lambda names, version, x, *known, network=network: network.logits(x)
+            network.near = lambda change, x, base, network=network: network.logits(x)
         images = Images(x, y, torch.ones(24, 9, dtype=torch.int64), torch.arange(24))
         attack = Square(ThreatModel("Linf", 0.05))
         units = new_units(attack, images, [(i, 0) for i in range(24)], 0)

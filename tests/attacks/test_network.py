@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from robench.attacks.base import frozen
+from robench.attacks.local import Change
 from robench.attacks.network import MICRO_BATCH, Network, in_micro_batches, searching
 from robench.attacks.objectives import ce
 
@@ -162,3 +163,15 @@ def test_a_randomized_network_is_left_as_it_is():
     net = trained(Flipping)
     for _ in range(10):
         assert look(net, "exact")[0].prepared == "as it is: randomized"
+
+
+def test_windows_are_computed_only_in_a_network_of_our_own():
+    """A user's own GraphModule is none: in ieee every pass has one shape."""
+    net = torch.fx.symbolic_trace(torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(144, 3)).eval().requires_grad_(False))
+    x, zeros = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    for precision, ours in (("ieee", False), ("exact", True)):
+        network = Network(net, precision, x)
+        network.near(Change(zeros, zeros, zeros + 1, zeros, zeros, zeros + 3), x, x)
+        assert (network._local is not None) == ours, precision

@@ -30,15 +30,15 @@ def units_of(attack, x, y=None, ids=None, seed=0):
 class Net:
     """A function as the steppers see it; keeps the images that it was asked about."""
 
-    def __init__(self, function):
-        self.function, self.seen = function, []
+    def __init__(self, function, batch=1):
+        self.function, self.batch, self.seen = function, batch, []
 
     def logits(self, x):
         self.seen.append(x.clone())
         return self.function(x)
 
-    def near(self, names, version, x, known, top, left, size):
-        for row, (r, c, s) in enumerate(zip(top, left, size, strict=True)):
+    def near(self, change, x, known):
+        for row, (r, c, s) in enumerate(zip(change.top, change.left, change.size, strict=True)):
             changed = (x[row] != known[row]).any(0)
             changed[r : r + s, c : c + s] = False
             assert not changed.any()
@@ -265,6 +265,76 @@ def test_a_unit_does_not_depend_on_its_neighbors(norm):
     torch.testing.assert_close(torch.cat(got), torch.cat(expected))
     torch.testing.assert_close(flying.state["x_adv"][2:], alone.state["x_adv"])
     assert not torch.allclose(flying.state["x_adv"][2], flying.state["x_adv"][1])
+
+
+def test_copies_of_an_image_with_other_labels_do_not_share_what_is_known():
+    names = []
+
+    class Names:
+        batch = 1
+
+        def near(self, change, *images):
+            names.append(change.key)
+            return torch.zeros(2, 3)
+
+    x = torch.rand(1, 1, 8, 8).repeat(2, 1, 1, 1)
+    images = Images(x, torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.int64), torch.zeros(
+        2, dtype=torch.int64))
+    attack = Square(ThreatModel("Linf", 0.1), queries=3)
+    units = new_units(attack, images, [(0, 0), (1, 0)], 0)
+    attack.step(Names(), units)
+    assert names[0][0] != names[0][1]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_looking_ahead_takes_the_path_of_one_by_one(norm):
+    """The same images are accepted after the same queries, in fewer passes."""
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    function = conv_net(3)
+    y = function(x).argmax(1)
+    attack = Square(ThreatModel(norm, {"Linf": 0.05, "L2": 0.5, "L1": 5.0}[norm]), queries=400)
+    paths, passes, looks = [], [], []
+    for batch in (1, 7, 64):
+        net, units = Net(function, batch), units_of(attack, x, y)
+        path = {}
+        while (units.step < attack.steps).any():
+            units = units.take(units.step < attack.steps)
+            step = attack.step(net, units)
+            units.step += step.steps
+            for row, image in enumerate(units.image.tolist()):
+                taken = int(units.state["taken"][row])
+                path[image, taken] = units.state["x_adv"][row], float(units.state["margin"][row])
+                # A candidate that was not accepted is one of those that were looked at.
+                assert (net.seen[-1] == step.candidate[row]).flatten(1).all(1).any()
+        assert (units.step == attack.steps).all()
+        paths.append(path)
+        passes.append(len(net.seen))
+        looks.append(sum(map(len, net.seen)))
+    for path in paths[1:]:
+        assert path.keys() == paths[0].keys() and len(path) > 20
+        for key, (x_adv, margin) in path.items():
+            torch.testing.assert_close(x_adv, paths[0][key][0])
+            assert margin == pytest.approx(paths[0][key][1], abs=1e-9)
+    assert passes[0] == attack.steps and passes[0] > 1.2 * passes[1] > 1.2 * passes[2]
+    assert looks[0] == 3 * attack.steps <= looks[1] < 1.1 * looks[0]
+
+
+def test_looking_ahead_ends_at_an_answer_that_is_no_number():
+    x = torch.rand(2, 1, 8, 8)
+    attack = Square(ThreatModel("Linf", 0.3))
+    units = units_of(attack, x)
+    list(advance(attack, Net(worse), units, 100))
+    start = units.state["x_adv"].clone()
+
+    def silent(z):  # about the third proposal of the second image
+        logits = worse(z)
+        logits[len(z) // 2 + 2] = torch.nan
+        return logits
+
+    step = attack.step(Net(silent, 16), units)
+    assert step.steps.tolist() == [8, 3] and step.margin.isnan().tolist() == [False, True]
+    assert torch.equal(units.state["x_adv"], start)
 
 
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": math.inf}

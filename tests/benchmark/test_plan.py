@@ -3,10 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
-from robench.attacks.network import Network
-from robench.attacks.threat import ThreatModel
 from robench.benchmark.cells import plan
 from robench.benchmark.data import load_dataset
 from robench.benchmark.spec import RunSpec
@@ -60,35 +57,3 @@ def test_smoke_runs_what_is_as_released(named):
                        smoke=True)
     assert cells["peeraid"].spec.train.swa_start == 0 and cells["peeraid"].spec.train.epochs == 1
     assert cells["ikl+awp"].spec.train.ema_start == 0
-
-
-def test_windows_are_computed_only_in_a_network_of_our_own():
-    """A user's own GraphModule is none: in ieee every pass has one shape."""
-    net = torch.fx.symbolic_trace(torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
-        torch.nn.Linear(144, 3)).eval().requires_grad_(False))
-    x, zeros = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
-    for precision, ours in (("ieee", False), ("exact", True)):
-        network = Network(net, precision, x)
-        network.near(zeros, zeros, x, x, zeros, zeros, zeros + 3)
-        assert (network._local is not None) == ours, precision
-
-
-def test_copies_of_an_image_with_other_labels_do_not_share_what_is_known(monkeypatch):
-    from robench.attacks.pool import Images, new_units
-    from robench.attacks.square import Square
-
-    names = []
-
-    class Net:
-        def near(self, keys, *others):
-            names.append(keys)
-            return torch.zeros(2, 3)
-
-    x = torch.rand(1, 1, 8, 8).repeat(2, 1, 1, 1)
-    images = Images(x, torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.int64), torch.zeros(
-        2, dtype=torch.int64))
-    attack = Square(ThreatModel("Linf", 0.1), queries=3)
-    units = new_units(attack, images, [(0, 0), (1, 0)], 0)
-    attack.step(Net(), units)
-    assert names[0][0] != names[0][1]
