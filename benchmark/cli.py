@@ -292,15 +292,23 @@ def train(
 @cli.command(epilog="""\b
 Example:
   robench report runs other-machine/runs --out merged
+  robench report --into README.md
 """)
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where the reports go.  [default: the first RUN]")
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+@click.option("--into", type=click.Path(path_type=Path), metavar="FILE", help="Instead: write "
+              "the tables that a Markdown file marks, <!-- robench: RUN leaderboard -->, anew.")
+def report(runs: tuple[Path, ...], out: Path | None, into: Path | None) -> None:
     """Write the tables and figures of finished runs again, merging several."""
     from robench.reports import render, summary
+    from robench.reports.embed import embed
     from robench.reports.store import load
 
+    if bool(runs) == bool(into) or (into and out):
+        raise UsageError("name one RUN or several, or a file with --into")
+    if into:
+        return embed(into)
     results = load(runs)
     out = out or (runs[0] if runs[0].is_dir() else runs[0].parent)
     render(results, out)

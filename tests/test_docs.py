@@ -16,6 +16,7 @@ import click
 import pytest
 
 from robench.benchmark.cli import cli
+from robench.reports.embed import MARK, embedded
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", flags=re.S | re.M)
@@ -214,3 +215,15 @@ def test_wrong_command_lines_are_noticed(line):
 def test_the_readme_says_how_to_run_the_tests():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^<!-- ci: tests -->\n```sh\n", text, flags=re.M)) == 1
+
+
+@pytest.mark.parametrize("path", [p for p in MARKDOWN if MARK.search(p.read_text("utf-8"))],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_marked_tables_are_those_of_the_records(path):
+    """If not: robench report --into FILE."""
+    text = path.read_text(encoding="utf-8")
+    assert embedded(text, path.parent)[0] == text
+
+
+def test_the_readme_has_such_tables():
+    assert MARK.search((ROOT / "README.md").read_text(encoding="utf-8"))
