@@ -37,7 +37,7 @@ class Network:
     Attributes:
         forwards, backwards: images passed so far; the padding of `ieee` is not counted.
         prepared: what was done to the model, for the record.
-        batch: images that a pass should have at least, for a stepper that has the choice.
+        batch: images that a pass should have, for a stepper that has the choice; the pool's slots.
     """
 
     def __init__(self, model: Classifier, precision: Precision, sample: Tensor) -> None:

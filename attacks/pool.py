@@ -216,6 +216,7 @@ class Pool:
     ) -> None:
         self._stepper, self._net, self._images, self._board = stepper, net, images, board
         self._slots, self._seed = slots, seed
+        net.batch = slots  # of a stepper that has the choice
         self._queue = deque(todo)
         self._claims: list[_Claim] = []
         # go on after a claim that was not confirmed, or after an interruption

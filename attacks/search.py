@@ -214,7 +214,6 @@ class Search:
         self._costs = [s.stepper.steps * u * s.share
                        for s, u in zip(self._stages, units, strict=True)]
         self._slots = self._slots or auto_slots(self._net, self._x, n * max(units))
-        self._net.batch = self._slots
         self._identity = self._describe(images)
         self._fingerprint = ready.fingerprint.cpu().numpy()
         self._load(images)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,26 +137,28 @@ def fit(
         watcher = Watcher()
     if not team.leads:
         keeper = ReadOnly(keeper)
-    for name in defense.given:
-        nets[name].eval().requires_grad_(False)
-    united = team.unite(nets)
-    views = accelerated(nets, config.precision, train[0][:8])
-    classes = clean_logits(nets["student"], train[0][:1]).shape[1]
-    memory = {name: module.eval().requires_grad_(False)
-              for name, module in defense.memory(views, classes).items()}
-    progress = Progress(
-        nets={name: nets[name] for name in defense.trained},
-        optimizers={name: make_optimizer(config, nets[name]) for name in defense.trained},
-        memory=memory,
-        averages=_averages(config, nets["student"]),
-    )
-    state = keeper.load_state()
-    if state is not None:
-        progress.load_state_dict(state)
-    views |= memory
-    run = _Training(defense, nets, views, train, augment, config, watcher, team)
-    attack = PGD(threat, config.select_steps, config.select_step_size)
-    try:
+    with ExitStack() as endings:
+        endings.callback(watcher.end)
+        for name in defense.given:
+            nets[name].eval().requires_grad_(False)
+        for handle in team.unite(nets):
+            endings.callback(handle.remove)
+        views = accelerated(nets, config.precision, train[0][:8])
+        classes = clean_logits(nets["student"], train[0][:1]).shape[1]
+        memory = {name: module.eval().requires_grad_(False)
+                  for name, module in defense.memory(views, classes).items()}
+        progress = Progress(
+            nets={name: nets[name] for name in defense.trained},
+            optimizers={name: make_optimizer(config, nets[name]) for name in defense.trained},
+            memory=memory,
+            averages=_averages(config, nets["student"]),
+        )
+        state = keeper.load_state()
+        if state is not None:
+            progress.load_state_dict(state)
+        views |= memory
+        run = _Training(defense, nets, views, train, augment, config, watcher, team)
+        attack = PGD(threat, config.select_steps, config.select_step_size)
         watcher.begin(progress.history)
         for name in sorted(nets):
             if config.precision == "bf16" and views[name] is nets[name]:
@@ -172,10 +175,6 @@ def fit(
             watcher.epoch(log)
             for finding in findings(progress.history):
                 watcher.warn(finding)
-    finally:
-        watcher.end()
-        for handle in united:
-            handle.remove()
     return progress.history
 
 

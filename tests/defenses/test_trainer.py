@@ -542,3 +542,16 @@ def test_an_average_from_the_first_epoch_of_one_is_that_network(train):
     assert statistics and not any(
         torch.equal(average[k], nets["student"].state_dict()[k]) for k in statistics
     )
+
+
+def test_the_watcher_is_ended_after_an_error_before_the_first_step(train, make_keeper, monkeypatch):
+    """Loggers are open by then: a damaged state, say, must not leave them so."""
+    keeper, steps = make_keeper(), Steps()
+
+    def damaged():
+        raise OSError("damaged")
+
+    monkeypatch.setattr(keeper, "load_state", damaged)
+    with pytest.raises(OSError, match="damaged"):
+        train(keeper=keeper, watcher=steps)
+    assert steps.ended == 1 and not steps.begun

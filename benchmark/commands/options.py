@@ -1,0 +1,84 @@
+"""What several commands share: options, and what their values mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from robench.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def shared(function: F) -> F:
+    """The options of `run` and `eval`: what is attacked, and how."""
+    options = [
+        click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Settings as YAML, such as `defense: [peeraid]`; options override it."),
+        click.option("--dataset", metavar="NAME",
+                     help="digits (default), cifar10, ..., folder:PATH. See `robench list`."),
+        click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Folder in torchvision's layout.  [default: data]"),
+        click.option("--download", is_flag=True, default=None, help="Let torchvision download."),
+        click.option("--model", metavar="NAME",
+                     help="A registered model or package.module:factory."),
+        click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),
+        click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
+                     help="Repeatable. For example pgd-50, pgd,restarts=5, "
+                     "torchattacks:MIFGSM, autoattack,limit=1000.  "
+                     "[default: fgsm, pgd-20, cw, autoattack]"),
+        click.option("--limit", type=int, metavar="N", help="Attack the first N test images only."),
+        click.option("--batch-size", type=int, metavar="N",
+                     help="Images attacked at a time.  [default: by the device's memory]"),
+        click.option("--precision", metavar="MODE",
+                     help="exact, bf16 or ieee: of the search for adversarial examples; what is "
+                     "found is confirmed in fp32 always.  [default: exact]"),
+        click.option("--keep-examples", is_flag=True, default=None,
+                     help="Write the adversarial examples beside the records."),
+        click.option("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1."),
+        click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Where everything goes; its reports are about the last command.  "
+                     "[default: runs, for eval runs/eval]"),
+        click.option("--quiet", is_flag=True, help="No progress."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def values_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of --config, overridden by the options that were given."""
+    values: dict[str, Any] = {}
+    config = given.pop("config")
+    if config is not None:
+        from robench.benchmark.spec import read_config
+
+        values = read_config(config)
+    values |= {key: value for key, value in given.items() if value not in (None, ())}
+    values.setdefault("data_root", Path("data"))
+    return values
+
+
+def seconds_of(text: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text.strip())
+    if match is None:
+        raise UsageError(f"--budget {text}: write 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--seeds {text}: write whole numbers, for example 0,1,2") from None
+
+
+def show(results: Any, values: dict[str, Any]) -> None:
+    from robench.reports import summary
+
+    click.echo(summary(results))
+    click.echo(f"reports: {values.get('out', 'runs')}/leaderboard.html", err=True)
