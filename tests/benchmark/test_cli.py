@@ -289,6 +289,7 @@ def test_options_override_the_configuration_file(here, robench, no_figures):
     assert {(r.defense, r.n, r.seed) for r in records} == {("standard", 6, 3)}
     assert {r.defense_config["train"]["lr"] for r in records} == {0.5}
     assert {r.defense_config["train"]["validation"] for r in records} == {20}
+    assert {r.defense_config["train_limit"] for r in records} == {64}  # a row of its own
 
 
 def test_a_training_that_fails_is_one_line_and_exit_code_1(here, robench, no_figures):

@@ -407,6 +407,7 @@ def test_a_checkpoint_as_teacher(again, trained, no_figures, tmp_path, job):
         assert {r.defense for r in records} == {"rslad"}
         assert {tuple(r.teacher_sha256.items()) for r in records} == {(("teacher", teacher),)}
         assert {r.teacher_seconds for r in records} == {0}
+        assert {r.defense_config["teachers"]["teacher"] for r in records} == {teacher}
         assert {r.model for r in records} == {model or "smallcnn"}
     assert trained == ["RSLAD", "RSLAD"]
 
