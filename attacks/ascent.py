@@ -56,8 +56,11 @@ class Ascent:
             x_adv = x + self.threat.eps * (torch.rand_like(x) * 2 - 1)
         return self.threat.project(x_adv, x) if self.clamp_start else x_adv
 
-    def maximize(self, objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Climb `objective`, which maps images (N, C, H, W) to one number per image (N,).
+    def maximize(
+        self, objective: Callable[[Tensor], Tensor], x: Tensor, start: Tensor | None = None
+    ) -> Tensor:
+        """Climb `objective`, which maps images (N, C, H, W) to one number per image (N,), from
+        `start` (N, C, H, W), an allowed image, or else from `begin(x)`.
 
         Returns the last iterate, detached; with at least one step it lies inside the threat
         model. The objective sees every iterate but the last, in order. Gradients are taken
@@ -65,7 +68,7 @@ class Ascent:
         caller's business (`frozen`).
         """
         x = x.detach()
-        x_adv = self.begin(x)
+        x_adv = self.begin(x) if start is None else start.detach().clone()
         for _ in range(self.steps):
             x_adv.requires_grad_(True)
             with torch.enable_grad():

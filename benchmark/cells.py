@@ -60,16 +60,6 @@ class Cell:
         return f"{self.spec.defense} seed {self.spec.seed}"
 
     @property
-    def config(self) -> dict[str, Any]:
-        """What cells share that differ only in their seed: they are one row of a table."""
-        spec = self.spec
-        brought = {role: spec.teachers[role] for role, teacher in self.teachers.items()
-                   if not isinstance(teacher, Cell)}
-        named = {"train_limit": spec.train_limit, "teachers": brought or None}
-        return {**spec.options, "threat": spec.threat, "train": spec.train.model_dump(mode="json"),
-                **{name: value for name, value in named.items() if value is not None}}
-
-    @property
     def ranked(self) -> tuple[str, ...]:
         return self.spec.train.ranked
 

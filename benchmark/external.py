@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def evaluate_external(
         earlier = load([spec.out])
         again = {_identity(record) for record in records}
         kept = [record for record in earlier.records if _identity(record) not in again]
-        results = Results([*kept, *results.records], earlier.transfers, earlier.epochs)
+        results = replace(earlier, records=[*kept, *results.records])
     render(results, spec.out)
     if matrix.failures:
         raise RobenchError("; ".join(matrix.failures))

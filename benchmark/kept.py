@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from robench.reports.record import Record, Transfer
+from robench.reports.record import Landscape, Record, Transfer
 
 
 def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
     """The record of an earlier run, if the network still gives the same logits."""
     try:
         record = Record.model_validate_json(path.read_text())
-        same = np.allclose(record.fingerprint, fingerprint, rtol=1e-3, atol=1e-3)
+        same = alike(record.fingerprint, fingerprint)
         return record if same and path.with_suffix(".npz").exists() else None
     except (OSError, ValidationError):  # not there, or damaged: measure again
         return None
@@ -26,3 +26,17 @@ def kept_transfers(path: Path) -> list[Transfer] | None:
         return [Transfer.model_validate_json(line) for line in lines] or None
     except (OSError, ValidationError):
         return None
+
+
+def kept_landscape(path: Path, fingerprint: tuple[float, ...]) -> Landscape | None:
+    """The landscape of an earlier run, if the network still gives the same logits."""
+    try:
+        landscape = Landscape.model_validate_json(path.read_text())
+        return landscape if alike(landscape.fingerprint, fingerprint) else None
+    except (OSError, ValidationError):
+        return None
+
+
+def alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two fingerprints are of the same network, on whatever device."""
+    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)

@@ -213,7 +213,7 @@ class Matrix:
             "model": str(spec.model),
             "source": "trained",
             "defense": spec.defense,
-            "defense_config": cell.config,
+            "defense_config": spec.config,
             "recipe": spec.recipe,
             "epochs": spec.train.epochs,
             "train_seconds": result.seconds,

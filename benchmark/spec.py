@@ -234,6 +234,15 @@ class CellSpec(BaseModel):
     selection_sha256: str = ""  # of the test images, where the recipe selects on them
     notes: tuple[str, ...] = ()
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What cells share that differ only in their seed: they are one row of a table."""
+        # Teachers that were brought: a hash of weights is longer than the key of a cell.
+        brought = {role: name for role, name in self.teachers.items() if len(name) == 64}
+        named = {"train_limit": self.train_limit, "teachers": brought or None}
+        return {**self.options, "threat": self.threat, "train": self.train.model_dump(mode="json"),
+                **{name: value for name, value in named.items() if value is not None}}
+
     def key(self) -> str:
         """The name of the cell's folder."""
         content = self.model_dump(mode="json", exclude={"notes"})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+Surface = Literal["weight", "weight-2d", "input"]
 
 
 class Record(BaseModel):
@@ -139,3 +142,62 @@ class Epoch(BaseModel):
         others = {name: value for name, value in kept.items() if not name.startswith("swa_")}
         return others if clean is None and robust is None else {
             **others, "averages": {"swa": (clean, robust)}}
+
+
+class Landscape(BaseModel):
+    """The loss around one network, one line of landscape.jsonl.
+
+    `losses` are mean cross-entropies over the images, in nats. Kind "weight" has a line for each
+    random direction in the space of weights; the others are a grid, alphas[j] along the first and
+    alphas[i] along the second direction at losses[i][j]. Around weights an alpha of 1 is a step as
+    long as each filter; around images, as eps.
+    """
+
+    model_config = _CONFIG
+
+    schema_version: Literal[1] = 1
+    run: str  # key of the cell that trained the network; "" if it is not known
+    created: str  # UTC, ISO 8601
+    seed: int  # of the training
+    # where
+    robench: str
+    torch: str
+    device: str
+    commit: str
+    threads: int
+    # on what
+    dataset: str
+    split: Literal["train", "test"]
+    n: int
+    data_sha256: str
+    # the network
+    model: str
+    source: str
+    weights_sha256: str
+    fingerprint: tuple[float, ...]
+    defense: str
+    defense_config: dict[str, Any]
+    recipe: str
+    selection: str
+    checkpoint: str
+    # how it was surveyed
+    kind: Surface
+    threat: str
+    attack: str  # whose examples are crafted anew for each displacement; "" around images
+    attack_config: dict[str, Any]
+    direction_seed: int
+    alphas: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+    seconds: float
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        steps = self.alphas
+        if not (steps and all(map(math.isfinite, steps)) and list(steps) == sorted(set(steps))
+                and 0.0 in steps and (steps[0], steps[-1]) == (-1, 1)):
+            raise ValueError("alphas must ascend from -1 through 0 to 1")
+        if {len(line) for line in self.losses} != {len(steps)}:
+            raise ValueError("losses must be lines with a number for each alpha")
+        if self.kind != "weight" and len(self.losses) != len(steps):
+            raise ValueError("losses must be a square grid")
+        return self
