@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -27,25 +28,39 @@ SHARED = {"recipe": "Recipe", "epochs": "Epochs", "model": "Model", "source": "S
 ROB_F = {"rob_f_self": "Rob_f(x_f*) %", "rob_f_student": "Rob_f(x_S*) %",
          "student_robust": "Student on x_S* %", "clean": "Clean %"}
 
+FACETS = {"dataset": "Data set", "threat": "Threat model", "model": "Model", "recipe": "Recipe"}
+SIGNIFICANT = 0.05  # of a p-value; a difference above it is printed faint
+
 Line = dict[Hashable, Any]  # a row of a frame
+Links = Callable[[Mapping[Any, Any], str], tuple[str, ...]]  # of a line and the name of a number
 
 
-def leaderboards(frame: pd.DataFrame) -> list[Board]:
+def unlinked(line: Mapping[Any, Any], name: str) -> tuple[str, ...]:
+    """For boards that stand alone; a page has `trace.Trace`."""
+    return ()
+
+
+def leaderboards(frame: pd.DataFrame, links: Links = unlinked) -> list[Board]:
     """A board for each group of `tables.leaderboard`."""
-    return [_leaderboard(group) for _, group in frame.groupby("group", sort=False)]
+    return [_leaderboard(group, links) for _, group in frame.groupby("group", sort=False)]
 
 
-def checkpoint_boards(frame: pd.DataFrame) -> list[Board]:
+def checkpoint_boards(frame: pd.DataFrame, links: Links = unlinked) -> list[Board]:
     """A board for each data set and threat model of `tables.other_checkpoints`."""
     return [
-        Board(group_title(group), _networks(group), _shared(group), _remarks(group))
+        Board(group_title(group), _networks(group, links), _shared(group), _remarks(group),
+              facets=_facets(group))
         for _, group in frame.groupby(["dataset", "split", "threat"], sort=False)
     ]
 
 
-def rob_f_boards(frame: pd.DataFrame) -> list[Board]:
-    """A board for each data set, threat model and attack of `tables.rob_f`."""
-    return [_rob_f(group) for _, group in
+def rob_f_boards(frame: pd.DataFrame, ids: Sequence[str] = ()) -> list[Board]:
+    """A board for each data set, threat model and attack of `tables.rob_f`.
+
+    `ids` are those of the frame's rows, for links to their records.
+    """
+    links: list[tuple[str, ...]] = [(f"#{one}",) for one in ids] or [()] * len(frame)
+    return [_rob_f(group, [links[i] for i in group.index]) for _, group in
             frame.groupby(["dataset", "threat", "attack"], sort=False)]
 
 
@@ -55,7 +70,7 @@ def group_title(group: pd.DataFrame) -> str:
     return f"{first['dataset']} {first['split']}, {first['threat']}"
 
 
-def _leaderboard(group: pd.DataFrame) -> Board:
+def _leaderboard(group: pd.DataFrame, links: Links) -> Board:
     lines = group.to_dict("records")
     attack = lines[0]["rank_attack"]
     rank = _column("#", lines, lambda line: Cell(_known(line["rank"])))
@@ -63,14 +78,15 @@ def _leaderboard(group: pd.DataFrame) -> Board:
               else "Not ranked: no attack was tried on every row")
     return Board(
         title=group_title(group),
-        columns=(rank, *_networks(group)),
+        columns=(rank, *_networks(group, links, ranked=bool(attack))),
         facts=(ranked, *_shared(group), f"Images: sha256 {lines[0]['images']}"),
         remarks=_remarks(group),
         lead=_accuracy_title(attack, lines) if attack else None,
+        facets=_facets(group),
     )
 
 
-def _rob_f(group: pd.DataFrame) -> Board:
+def _rob_f(group: pd.DataFrame, links: Sequence[tuple[str, ...]]) -> Board:
     lines = group.to_dict("records")
     several = [name for name in ("recipe", "model") if group[name].nunique() > 1]
     words = {"label": "Defense", **{name: SHARED[name] for name in several},
@@ -78,16 +94,21 @@ def _rob_f(group: pd.DataFrame) -> Board:
     columns = [
         *(_words(title, lines, name) for name, title in words.items()),
         _column("Seed", lines, lambda line: Cell(str(line["seed"]))),
-        *(Column(title, tuple(Cell(percent(line[name], line["n"])) for line in lines))
+        *(Column(title, tuple(Cell(percent(line[name], line["n"]), links=link)
+                              for line, link in zip(lines, links, strict=True)))
           for name, title in ROB_F.items()),
         _column("Images", lines, lambda line: Cell(f"{line['n']:,}", sort=line["n"])),
     ]
     first = lines[0]
-    return Board(f"{first['dataset']}, {first['threat']}, {first['attack']}", tuple(columns))
+    return Board(f"{first['dataset']}, {first['threat']}, {first['attack']}", tuple(columns),
+                 facets=_facets(group))
 
 
-def _networks(group: pd.DataFrame) -> tuple[Column, ...]:
-    """What leaderboards and other checkpoints have in common."""
+def _networks(group: pd.DataFrame, links: Links, ranked: bool = False) -> tuple[Column, ...]:
+    """What leaderboards and other checkpoints have in common.
+
+    Only in a ranking, and where all rows have the same number of images, an accuracy is a contest.
+    """
     lines = group.to_dict("records")
     columns = [
         _words("Defense", lines, "label"),
@@ -96,17 +117,20 @@ def _networks(group: pd.DataFrame) -> tuple[Column, ...]:
         _words("Checkpoint", lines, "checkpoint"),
         _words("Selected on", lines, "selection"),
         _column("Seeds", lines, lambda line: Cell(str(line["seeds"]))),
-        *(_column(_accuracy_title(name, lines), lines, _accuracy_cell(name, lines))
+        *(replace(_column(_accuracy_title(name, lines), lines, _accuracy_cell(name, lines, links)),
+                  contest=ranked and len(_sizes(name, lines)) == 1)
           for name in measured(group)),
     ]
     if "delta" in group and group["baseline"].any():
-        columns.append(_column(_delta_title(lines), lines, _delta))
+        columns.append(_column(_delta_title(lines), lines,
+                               _delta_cell(lines, links)))
     return (
         *columns,
         _column("Training", lines, _training),
         _column("Parameters", lines,
                 lambda line: Cell(count(line["parameters"]), sort=line["parameters"])),
-        _column("Warnings", lines, lambda line: Cell(str(line["warnings"]))),
+        _column("Warnings", lines,
+                lambda line: Cell(str(line["warnings"]), more=line["warning_text"])),
     )
 
 
@@ -132,32 +156,44 @@ def _accuracy_title(name: str, lines: Sequence[Line]) -> str:
     return f"{TITLES.get(name, name)} %{images}"
 
 
-def _accuracy_cell(name: str, lines: Sequence[Line]) -> Callable[[Line], Cell]:
+def _accuracy_cell(name: str, lines: Sequence[Line], links: Links) -> Callable[[Line], Cell]:
     """How to write one accuracy; its n goes into the cell where rows differ in it."""
     mixed = len(_sizes(name, lines)) > 1
 
     def cell(line: Line) -> Cell:
         values = [line[name + part] for part in PARTS[:4]]
         n, failed = line[f"{name}_n"], line[f"{name}_failed"]
-        return accuracy(*values, n=0 if pd.isna(n) else n,
-                        failed=0 if pd.isna(failed) else failed, show_n=mixed)
+        found = accuracy(*values, n=0 if pd.isna(n) else n,
+                         failed=0 if pd.isna(failed) else failed, show_n=mixed)
+        return replace(found, links=links(line, name))
 
     return cell
 
 
+def _baselines(lines: Sequence[Line]) -> set[str]:
+    return {line["delta_to"] for line in lines if line["delta_to"]}
+
+
 def _delta_title(lines: Sequence[Line]) -> str:
-    baselines = {line["delta_to"] for line in lines if line["delta_to"]}
+    baselines = _baselines(lines)
     return f"Δ to {baselines.pop()}, points" if len(baselines) == 1 else "Δ to baseline, points"
 
 
-def _delta(line: Line) -> Cell:
-    """The difference, the test, and what it is about where that is not the title's baseline."""
-    if pd.isna(line["delta"]):
-        return Cell("baseline" if line["baseline"] else NOTHING)
-    attack = line["delta_attack"]
-    about = "" if attack == line["rank_attack"] else f", {TITLES.get(attack, attack)}"
-    text = f"{points(line['delta'], line[f'{attack}_n'])} ({p_value(line['delta_p'])}{about})"
-    return Cell(text, f"to {line['delta_to']}", sort=line["delta"])
+def _delta_cell(lines: Sequence[Line], links: Links) -> Callable[[Line], Cell]:
+    """The difference, the test, and what it is about where that is not said by the title."""
+    several = len(_baselines(lines)) > 1
+
+    def cell(line: Line) -> Cell:
+        if pd.isna(line["delta"]):
+            return Cell("baseline" if line["baseline"] else NOTHING)
+        attack = line["delta_attack"]
+        about = "" if attack == line["rank_attack"] else f", {TITLES.get(attack, attack)}"
+        text = f"{points(line['delta'], line[f'{attack}_n'])} ({p_value(line['delta_p'])}{about})"
+        return Cell(text, f"to {line['delta_to']}" if several else "", sort=line["delta"],
+                    minor=not line["delta_p"] < SIGNIFICANT,  # NaN is not significant either
+                    links=links(line, "delta"))
+
+    return cell
 
 
 def _training(line: Line) -> Cell:
@@ -170,6 +206,10 @@ def _shared(group: pd.DataFrame) -> tuple[str, ...]:
     same = [f"{title}: {group[name].iloc[0]}" for name, title in SHARED.items()
             if group[name].nunique() == 1 and str(group[name].iloc[0])]
     return (", ".join(same),) if same else ()
+
+
+def _facets(group: pd.DataFrame) -> tuple[Mapping[str, str], ...]:
+    return tuple({name: str(line[name]) for name in FACETS} for line in group.to_dict("records"))
 
 
 def _remarks(group: pd.DataFrame) -> tuple[str, ...]:

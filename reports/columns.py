@@ -25,9 +25,10 @@ IDENTITY = ("dataset", "split", "threat", "images", "recipe", "epochs", "model",
 COSTS = ("train_seconds", "train_and_teacher_seconds", "robust_overfitting", "catastrophic_epoch",
          "parameters", "warnings", "warning_text", "notes")
 
+OPTIONAL = {"rank_attack", "delta_to", "delta_attack"}  # text that may be missing
 _TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
-         "label", "checkpoint", "selection", "warning_text", "notes", "rank_attack", "delta_to",
-         "delta_attack", "network", "attack"}
+         "label", "checkpoint", "selection", "warning_text", "notes", "network", "attack", "method",
+         "teacher", "certainty", *OPTIONAL}
 _WHOLE = {"group", "rank", "epochs", "catastrophic_epoch", "seeds", "seed", "n", "parameters",
           "warnings"}
 
@@ -49,11 +50,13 @@ def measured(frame: pd.DataFrame) -> list[str]:
 def make_frame(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     """Exactly these columns in this order, with the same types whatever is missing."""
     return pd.DataFrame({
-        name: pd.Series([line.get(name) for line in lines], dtype=_dtype(name)) for name in columns
+        name: pd.Series([line.get(name) for line in lines], dtype=dtype_of(name))
+        for name in columns
     })
 
 
-def _dtype(name: str) -> str:
+def dtype_of(name: str) -> str:
+    """The pandas type of a column of these tables."""
     if name in _TEXT:
         return "object"
     if name == "baseline":
@@ -140,14 +143,18 @@ def _clean(row: Row) -> Line:
 
     A seed on which no attack finished has no trustworthy clean count: it failed here too.
     """
+    records = clean_records(row)
+    failed = len({record.seed for record in row.records}) - len(records)
+    n = records[0].n if records else 0
+    return _accuracy("clean", [record.n_correct for record in records], n, failed)
+
+
+def clean_records(row: Row) -> list[Record]:
+    """The records that `clean` is made from, one of each seed."""
     passed = [record for name in row.cells for record in row.passed(name)]
-    seeds = {record.seed for record in row.records}
-    if not passed:
-        return {"clean_failed": len(seeds)}
-    largest = max(passed, key=lambda record: record.n)
-    by_seed = {r.seed: r.n_correct for r in passed if r.data_sha256 == largest.data_sha256}
-    counts = [count for _, count in sorted(by_seed.items())]
-    return _accuracy("clean", counts, largest.n, len(seeds) - len(counts))
+    largest = max(passed, key=lambda record: record.n, default=None)
+    by_seed = {r.seed: r for r in passed if largest and r.data_sha256 == largest.data_sha256}
+    return [record for _, record in sorted(by_seed.items())]
 
 
 def _worst(row: Row) -> Line:

@@ -16,6 +16,7 @@ from robench.reports.figures import (
     training_curves,
 )
 from robench.reports.grouping import Key, Row, canonical, distinct, rows
+from robench.reports.landscape_figures import draw_landscapes, label_names
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
@@ -33,6 +34,7 @@ def draw_all(results: Results) -> list[Drawing]:
         *(row.label for row in rows(results.records)),
         *(labels.get(t.run, t.defense) for t in results.transfers),
         *(labels.get(e.run, e.defense) for e in results.epochs),
+        *label_names(results),
     ])
     drawings: dict[str, Drawing] = {}
     for drawing in (
@@ -40,6 +42,7 @@ def draw_all(results: Results) -> list[Drawing]:
         *_over_eps(results.records, look),
         *_rob_f(results.transfers, labels, look),
         *_training(results.epochs, labels, look),
+        *draw_landscapes(results, look),
     ):
         name = re.sub(r"[^a-z0-9]+", "-", drawing.name.lower()).strip("-")[:80]
         copies = sum(known == name or known.startswith(f"{name}--") for known in drawings)

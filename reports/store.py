@@ -1,4 +1,7 @@
-"""The three data files of a run folder, read and written. No torch, no pandas."""
+"""The four data files of a run folder, read and written. No torch, no pandas.
+
+Files of RobustBench are read too; what they say is no measurement, and is not written again.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from robench.errors import UsageError
 from robench.files import write_atomic
-from robench.reports.record import Epoch, Record, Transfer
+from robench.reports import robustbench
+from robench.reports.published import Published
+from robench.reports.record import Epoch, Landscape, Record, Transfer
 
 RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
+LANDSCAPES = "landscape.jsonl"
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -29,20 +35,25 @@ class Results:
     records: list[Record] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
+    landscapes: list[Landscape] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)  # given as files of RobustBench
 
 
 def load(paths: Sequence[Path]) -> Results:
-    """Read and merge run folders, or the results.jsonl in them, in the order given.
+    """Read and merge run folders, the results.jsonl in them and RobustBench's .json files.
 
     Exact duplicates are dropped; two copies of a row that differ only in where the survival
     flags lie are duplicates too, and the first one stays.
 
     Raises:
         UsageError: there is no results.jsonl, or a line of a file is not a row (the message
-            names the file and the line).
+            names the file and the line), or see `robustbench.read`.
     """
     found = Results()
     for path in paths:
+        if path.suffix == ".json":
+            found.published.append(robustbench.read(path))
+            continue
         folder = path.parent if path.name == RECORDS else path
         if not (folder / RECORDS).is_file():
             raise UsageError(f"{path}: no {RECORDS} there; name a run folder or its {RECORDS}")
@@ -50,26 +61,29 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / RECORDS, Record),
             _read(folder / TRANSFERS, Transfer),
             _read(folder / EPOCHS, Epoch),
+            _read(folder / LANDSCAPES, Landscape),
         )
         found.records.extend(anchored(part, folder).records)
         found.transfers.extend(part.transfers)
         found.epochs.extend(part.epochs)
-    return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs))
+        found.landscapes.extend(part.landscapes)
+    return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs),
+                   _unique(found.landscapes), list(dict.fromkeys(found.published)))
 
 
 def save(out: Path, results: Results) -> list[Path]:
-    """Write the three files into `out`, each whole or not at all; returns their paths.
+    """Write the four files into `out`, each whole or not at all; returns their paths.
 
     Rows keep their order. Absolute paths of flags become relative to `out`, so that the folder
     can be moved. Raises RobenchError if the disk refuses.
     """
     records = [
-        record.model_copy(update={"flags": _relative(record.flags, out)})
-        if os.path.isabs(record.flags) else record
+        record.model_copy(update={"flags": relative(record.flags, out)})
         for record in results.records
     ]
     files: tuple[tuple[str, Iterable[BaseModel]], ...] = (
-        (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs)
+        (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs),
+        (LANDSCAPES, results.landscapes),
     )
     for name, lines in files:
         write_atomic(out / name, "".join(f"{line.model_dump_json()}\n" for line in lines))
@@ -86,7 +100,10 @@ def anchored(results: Results, folder: Path) -> Results:
     return replace(results, records=records)
 
 
-def _relative(flags: str, out: Path) -> str:
+def relative(flags: str, out: Path) -> str:
+    """The path of flags as it is written into a file in `out`."""
+    if not os.path.isabs(flags):
+        return flags
     try:
         return Path(os.path.relpath(flags, out)).as_posix()
     except ValueError:  # another drive (Windows): there is no relative path

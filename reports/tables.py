@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from robench.reports.columns import (
     COSTS,
     IDENTITY,
+    OPTIONAL,
     Line,
     accuracy_columns,
     describe,
+    dtype_of,
     image_sets,
     make_frame,
     mark,
@@ -35,21 +41,32 @@ def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
     `rank_attack` (see `compare.strongest`); rows on which that attack failed have no rank. The
     difference `delta`, in percentage points, is to the baseline `delta_to` under `delta_attack`.
     """
-    table = rows([r for r in records if r.ranked and r.role == "table"])
+    table = ranked_groups(records)
     lines = [
         {**line, "group": number, "images": image_sets(group)}
-        for number, group in enumerate(groups(table), start=1)
+        for number, group in enumerate(table, start=1)
         for line in _ranking(group)
     ]
-    columns = ("group", "rank", "rank_attack", *IDENTITY, *accuracy_columns(table), *DELTA, *COSTS)
-    return make_frame(lines, columns)
+    accuracies = accuracy_columns(row for group in table for row in group)
+    return make_frame(lines, ("group", "rank", "rank_attack", *IDENTITY, *accuracies, *DELTA,
+                              *COSTS))
+
+
+def ranked_groups(records: Sequence[Record]) -> list[list[Row]]:
+    """The groups of `leaderboard`, not yet in the order of their ranks."""
+    return groups(rows([r for r in records if r.ranked and r.role == "table"]))
 
 
 def other_checkpoints(records: Sequence[Record]) -> pd.DataFrame:
     """The networks outside the ranking (the peer, the last epoch, ...), aggregated over seeds."""
-    table = rows([r for r in records if not r.ranked and r.role == "table"])
+    table = unranked_rows(records)
     return make_frame([describe(row) for row in table],
                       (*IDENTITY, *accuracy_columns(table), *COSTS))
+
+
+def unranked_rows(records: Sequence[Record]) -> list[Row]:
+    """The rows of `other_checkpoints`."""
+    return rows([r for r in records if not r.ranked and r.role == "table"])
 
 
 def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.DataFrame:
@@ -90,7 +107,32 @@ def to_csv(frame: pd.DataFrame) -> str:
     for name in measured(frame):
         failed = frame[name].isna() & (frame[f"{name}_failed"].fillna(0) > 0)
         frame[name] = frame[name].astype(object).mask(failed, "failed")
-    return frame.to_csv(index=False, lineterminator="\n")
+    lines: list[Iterable[Any]] = [frame.columns, *frame.itertuples(index=False)]
+    return "".join(",".join(map(_csv_cell, line)) + "\n" for line in lines)
+
+
+def from_csv(text: str) -> pd.DataFrame:
+    """The table that `to_csv` wrote, with its types; what failed is a missing number again."""
+    header, *lines = csv.reader(io.StringIO(text, newline=""))
+    return make_frame([dict(zip(header, map(_csv_value, header, line), strict=True))
+                       for line in lines], header)
+
+
+def _csv_cell(value: Any) -> str:
+    """Quoted also around a lone carriage return, which pandas and csv forget."""
+    text = "" if pd.isna(value) else str(value)
+    return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
+
+
+def _csv_value(name: str, cell: str) -> Any:
+    kind = dtype_of(name)
+    if kind == "object":
+        return cell or (None if name in OPTIONAL else "")
+    if kind == "bool":
+        return cell == "True"
+    if cell in ("", "failed"):
+        return None
+    return int(cell) if kind == "Int64" else float(cell)
 
 
 def _ranking(group: Sequence[Row]) -> list[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 NOTHING = "–"
@@ -18,20 +19,33 @@ class Cell:
     Attributes:
         text: what it says. detail: what a wide page adds to it in small print.
         sort: the number to sort by where `text` does not begin with it.
+        interval: low, mean and high in percent, for a page that draws them.
+        more: a longer text, to unfold. minor: not to be relied on, printed faint.
+        links: where the number comes from: "#" and the id of a row of another board, or "./" and
+            the path of a file.
     """
 
     text: str
     detail: str = ""
     sort: float | None = None
+    interval: tuple[float, float, float] | None = None
+    more: str = ""
+    minor: bool = False
+    links: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column under its title; `words` are aligned left, numbers right."""
+    """A column under its title; `words` are aligned left, numbers right. `code` may be cut.
+
+    Where `contest` is set, the largest number of the column is the best, and a paper marks it.
+    """
 
     title: str
     cells: tuple[Cell, ...]
     words: bool = False
+    code: bool = False
+    contest: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Board:
         title: the heading. facts: what holds for all rows. remarks: what is to be known about
             single rows.
         lead: title of the column the table is ranked by; Markdown prints its details.
+        ids: of the rows, for links to them. facets: by what each row can be filtered.
     """
 
     title: str
@@ -49,6 +64,8 @@ class Board:
     facts: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     lead: str | None = None
+    ids: tuple[str, ...] = ()
+    facets: tuple[Mapping[str, str], ...] = ()
 
     @property
     def rows(self) -> list[tuple[Cell, ...]]:
@@ -99,7 +116,7 @@ def accuracy(
     loss = f" ({failed} failed)" if failed else ""
     images = f" (n = {n:,})" if show_n else ""
     return Cell(f"{percent(mean, n)}{spread}{loss}{images}",
-                f"[{percent(low, n)}, {percent(high, n)}]")
+                f"[{percent(low, n)}, {percent(high, n)}]", interval=(low, mean, high))
 
 
 def markdown(board: Board) -> str:

@@ -1,18 +1,28 @@
-"""The built-in reports. To add one: a function from results and folder to paths, registered."""
+"""The built-in reports. To add one: a function from results and folder to paths, registered.
+
+The last word of its name is the format it is written for.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from robench.files import write_atomic
 from robench.reports import tables
 from robench.reports.base import REPORTS
+from robench.reports.beside import published, published_boards
 from robench.reports.boards import leaderboards
 from robench.reports.gallery import draw_all
+from robench.reports.jsonfile import to_json
+from robench.reports.latex import fragment
 from robench.reports.page import page
+from robench.reports.robustbench import model_files
 from robench.reports.store import Results
 from robench.reports.style import to_png, to_svg
 from robench.reports.text import markdown
+
+log = logging.getLogger("robench")
 
 
 @REPORTS.register("leaderboard-csv", description="leaderboard.csv: full precision, in percent")
@@ -20,14 +30,33 @@ def leaderboard_csv(results: Results, out: Path) -> list[Path]:
     return _write(out / "leaderboard.csv", tables.to_csv(tables.leaderboard(results.records)))
 
 
-@REPORTS.register("leaderboard-md", description="leaderboard.md: compact, as in the terminal")
+@REPORTS.register("leaderboard-md", description="leaderboard.md: as in the terminal, and what "
+                                               "others published")
 def leaderboard_md(results: Results, out: Path) -> list[Path]:
-    return _write(out / "leaderboard.md", leaderboard_text(results))
+    boards = [f"\n{markdown(board)}" for board in published_boards(results)]
+    return _write(out / "leaderboard.md", leaderboard_text(results) + "".join(boards))
+
+
+@REPORTS.register("leaderboard-tex", description="leaderboard.tex: booktabs tables for a paper")
+def leaderboard_tex(results: Results, out: Path) -> list[Path]:
+    boards = leaderboards(tables.leaderboard(results.records))
+    return _write(out / "leaderboard.tex", fragment(boards, published_boards(results)))
+
+
+@REPORTS.register("leaderboard-json", description="leaderboard.json: every table with its column "
+                                                  "types, nothing rounded")
+def leaderboard_json(results: Results, out: Path) -> list[Path]:
+    return _write(out / "leaderboard.json", to_json({
+        "leaderboard": tables.leaderboard(results.records),
+        "other_checkpoints": tables.other_checkpoints(results.records),
+        "rob_f": tables.rob_f(results.transfers, results.records),
+        "published": published(results),
+    }))
 
 
 @REPORTS.register("leaderboard-html", description="leaderboard.html: everything on one page")
 def leaderboard_html(results: Results, out: Path) -> list[Path]:
-    return _write(out / "leaderboard.html", page(results))
+    return _write(out / "leaderboard.html", page(results, out))
 
 
 @REPORTS.register("rob-f-csv", description="rob_f.csv: each network on its own examples and on "
@@ -35,6 +64,23 @@ def leaderboard_html(results: Results, out: Path) -> list[Path]:
 def rob_f_csv(results: Results, out: Path) -> list[Path]:
     frame = tables.rob_f(results.transfers, results.records)
     return _write(out / "rob_f.csv", tables.to_csv(frame))
+
+
+@REPORTS.register("published-csv", description="published.csv: the numbers of others for the same "
+                                               "data and threat models; not measured here")
+def published_csv(results: Results, out: Path) -> list[Path]:
+    return _write(out / "published.csv", tables.to_csv(published(results)))
+
+
+@REPORTS.register("robustbench", description="model_info/: a file for each network of a data set "
+                                             "and threat model that RobustBench lists",
+                  paper="Croce et al. 2021 (RobustBench)")
+def robustbench(results: Results, out: Path) -> list[Path]:
+    files = model_files(results.records)
+    if not files:
+        log.warning("nothing for RobustBench: no ranked network of a data set and threat model "
+                    "that it lists")
+    return [path for name, text in files.items() for path in _write(out / name, text)]
 
 
 @REPORTS.register("figures", description="figures/*.png and *.svg")

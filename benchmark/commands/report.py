@@ -12,28 +12,50 @@ from robench.errors import RobenchError, UsageError
 @click.command(epilog="""\b
 Example:
   robench report runs other-machine/runs --out merged
+  robench report runs --format tex,json --baseline trades
+  robench report runs model_info/cifar10/Linf/*.json
   robench report --into README.md
 """)
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where the reports go.  [default: the first RUN]")
+@click.option("--format", "formats", metavar="LIST", help="Some of csv, md, tex, json, html, "
+              "figures, robustbench, with commas.  [default: all but robustbench]")
+@click.option("--baseline", metavar="LABEL", help="The row that differences are taken to, by its "
+              "name in the tables.  [default: the baselines of the runs]")
 @click.option("--into", type=click.Path(path_type=Path), metavar="FILE", help="Instead: write "
               "the tables that a Markdown file marks, <!-- robench: RUN leaderboard -->, anew.")
-def report(runs: tuple[Path, ...], out: Path | None, into: Path | None) -> None:
-    """Write the tables and figures of finished runs again, merging several."""
+def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseline: str | None,
+           into: Path | None) -> None:
+    """Write the tables and figures of finished runs again, merging several.
+
+    A RUN is a folder, its results.jsonl, or a model file of RobustBench, whose numbers are shown
+    as published.
+    """
     from robench.reports import render, summary
+    from robench.reports.baseline import with_baseline
     from robench.reports.embed import embed
     from robench.reports.store import load
 
-    if bool(runs) == bool(into) or (into and out):
+    if bool(runs) == bool(into) or (into and (out or formats or baseline)):
         raise UsageError("name one RUN or several, or a file with --into")
     if into:
         return embed(into)
     results = load(runs)
-    out = out or (runs[0] if runs[0].is_dir() else runs[0].parent)
-    render(results, out)
+    if baseline is not None:
+        results = with_baseline(results, baseline)
+    out = out or _folder(runs)
+    render(results, out, [name.strip() for name in (formats or "").split(",") if name.strip()])
     click.echo(summary(results))
     click.echo(f"wrote the reports to {out}/", err=True)
+
+
+def _folder(runs: tuple[Path, ...]) -> Path:
+    """The folder of the first run."""
+    run = next((run for run in runs if run.suffix != ".json"), None)
+    if run is None:
+        raise UsageError("there is no run to write the reports to: add --out DIR")
+    return run if run.is_dir() else run.parent
 
 
 KINDS = ("attacks", "defenses", "datasets", "models", "recipes")

@@ -1,12 +1,13 @@
 import pandas as pd
 import pytest
 
-from robench.errors import RobenchError
+from robench.errors import RobenchError, UsageError
 from robench.reports import REPORTS, Results, load, render
-from robench.reports.base import Report
+from robench.reports.base import ASKED, Report, format_of
 
-FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "leaderboard.csv", "leaderboard.md",
-         "leaderboard.html", "rob_f.csv"}
+FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl",
+         "leaderboard.csv", "leaderboard.md", "leaderboard.html", "leaderboard.tex",
+         "leaderboard.json", "rob_f.csv", "landscape.csv", "published.csv"}
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +22,26 @@ def test_all_files_are_written(rendered):
     names = {path.relative_to(out).as_posix() for path in paths}
     figures = {name for name in names if name.startswith("figures/")}
     assert names - figures == FILES and len(figures) == 8
-    assert all(path.stat().st_size for path in paths)
-    assert [path.name for path in paths[:3]] == ["results.jsonl", "transfer.jsonl",
-                                                 "training.jsonl"]
+    empty = {path.name for path in paths if not path.stat().st_size}
+    assert empty == {"landscape.jsonl"}  # of which the campaign has none
+    assert [path.name for path in paths[:4]] == ["results.jsonl", "transfer.jsonl",
+                                                 "training.jsonl", "landscape.jsonl"]
     assert set(out.rglob("*")) - set(paths) == {out / "figures"}
+
+
+def test_only_the_named_formats_are_written(campaign, tmp_path):
+    paths = render(campaign, tmp_path, ["csv", "tex"])
+    assert {path.name for path in paths if path.suffix != ".jsonl"} == {
+        "leaderboard.csv", "rob_f.csv", "published.csv", "landscape.csv", "leaderboard.tex"}
+    with pytest.raises(UsageError, match="unknown format 'text'. Did you mean: tex?"):
+        render(campaign, tmp_path / "new", ["csv", "text"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_report_has_a_format_and_robustbench_is_asked_for():
+    formats = {format_of(entry) for entry in REPORTS}
+    assert formats == {"csv", "md", "tex", "json", "html", "figures", "robustbench"}
+    assert ASKED == {"robustbench"}
 
 
 def test_a_second_render_changes_no_byte(rendered):
@@ -49,7 +66,7 @@ def test_relative_flags_are_found_beside_the_results(make_record, write_flags, t
 
 def test_without_results_the_tables_are_headers(tmp_path):
     render(Results(), tmp_path)
-    for name in ("leaderboard.csv", "rob_f.csv"):
+    for name in ("leaderboard.csv", "rob_f.csv", "published.csv", "landscape.csv"):
         assert len((tmp_path / name).read_text().splitlines()) == 1
     assert not (tmp_path / "figures").exists()
 
