@@ -29,7 +29,7 @@ _ASSETS = files("robench.reports") / "html"
 
 @dataclass(frozen=True)
 class Section:
-    """A tab of the page: what it shows, boards, figures, and how to read them."""
+    """A tab of a page: what it shows, boards, figures, how to read them, a page with more."""
 
     id: str
     title: str
@@ -37,6 +37,7 @@ class Section:
     boards: Sequence[Board] = ()
     drawings: Sequence[Drawing] = ()
     legend: str = ""
+    link: str = ""
 
 
 def sections(results: Results, folder: Path | None = None) -> list[Section]:
@@ -81,10 +82,14 @@ def page(results: Results, folder: Path | None = None) -> str:
 
     `folder` is where the page will lie: survival flags are linked relative to it.
     """
+    return rendered(sections(results, folder), summary(results))
+
+
+def rendered(shown: Sequence[Section], summary: str) -> str:
+    """A page of these tabs, complete in itself, with a line about all of them."""
     environment = Environment(autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"parts": _parts, "svg": inline_svg}
-    shown = sections(results, folder)
     script = _asset("tables.js") + _asset("page.js")
     return environment.from_string(_asset("leaderboard.html.j2")).render(
         css=Markup(_asset("style.css")),
@@ -93,7 +98,7 @@ def page(results: Results, folder: Path | None = None) -> str:
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         sections=shown,
         facets=_choices(board for section in shown for board in section.boards),
-        summary=_summary(results),
+        summary=summary,
     )
 
 
@@ -124,7 +129,7 @@ def _choices(boards: Iterable[Board]) -> dict[str, tuple[str, list[str]]]:
     return {name: (FACETS[name], some) for name, some in values.items() if len(some) > 1}
 
 
-def _summary(results: Results) -> str:
+def summary(results: Results) -> str:
     """One line: how much was measured."""
     networks = {(r.run, r.checkpoint, r.weights_sha256) for r in results.records}
     names = sorted({r.dataset for r in results.records})

@@ -14,6 +14,7 @@ Example:
   robench report runs other-machine/runs --out merged
   robench report runs --format tex,json --baseline trades
   robench report runs model_info/cifar10/Linf/*.json
+  robench report results --site docs/site
   robench report --into README.md
 """)
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="RUN...")
@@ -25,8 +26,10 @@ Example:
               "name in the tables.  [default: the baselines of the runs]")
 @click.option("--into", type=click.Path(path_type=Path), metavar="FILE", help="Instead: write "
               "the tables that a Markdown file marks, <!-- robench: RUN leaderboard -->, anew.")
+@click.option("--site", "pages", type=click.Path(path_type=Path), metavar="DIR", help="Instead: "
+              "a web page for each RUN, or for each run in a folder, and one that leads to them.")
 def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseline: str | None,
-           into: Path | None) -> None:
+           into: Path | None, pages: Path | None) -> None:
     """Write the tables and figures of finished runs again, merging several.
 
     A RUN is a folder, its results.jsonl, or a model file of RobustBench, whose numbers are shown
@@ -35,12 +38,17 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
     from robench.reports import render, summary
     from robench.reports.baseline import with_baseline
     from robench.reports.embed import embed
+    from robench.reports.site import site
     from robench.reports.store import load
 
-    if bool(runs) == bool(into) or (into and (out or formats or baseline)):
-        raise UsageError("name one RUN or several, or a file with --into")
+    if bool(runs) == bool(into) or ((into or pages) and (out or formats or baseline)):
+        raise UsageError("name one RUN or several, or a file with --into; --into and --site take "
+                         "no other options")
     if into:
         return embed(into)
+    if pages:
+        click.echo(f"wrote {site(runs, pages)[0]}", err=True)
+        return None
     results = load(runs)
     if baseline is not None:
         results = with_baseline(results, baseline)
