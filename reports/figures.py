@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal
@@ -14,11 +15,21 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from robench.reports.record import Epoch, Transfer
-from robench.reports.style import INK, NEUTRAL, Look, house_style, new_figure, pale, shorten
+from robench.reports.style import (
+    INK,
+    NEUTRAL,
+    Look,
+    house_style,
+    legend_below,
+    new_figure,
+    pale,
+    shorten,
+)
 from robench.reports.text import TITLES
 from robench.reports.uncertainty import Estimate, estimate
 
 Curve = Sequence[tuple[float, Estimate]]  # (eps, accuracy)
+_LINES = ("-", "--", ":", "-.")  # for lines of one label, which have one color
 
 
 @house_style()
@@ -64,16 +75,19 @@ def accuracy_over_eps(
     `curves` maps the name of each line to the label that gives its look, and its points.
     """
     figure, (axes,) = new_figure(7.5, 4.2)
+    drawn: Counter[str] = Counter()
     for name, (label, curve) in curves.items():
         seen, budgets = look[label], [eps for eps, _ in curve]
         axes.plot(budgets, [100 * e.mean for _, e in curve], label=shorten(name),
-                  color=seen.color, marker=seen.marker, markersize=5, clip_on=False)
+                  color=seen.color, marker=seen.marker, markersize=5, clip_on=False,
+                  linestyle=_LINES[drawn[label] % len(_LINES)])
+        drawn[label] += 1
         axes.fill_between(budgets, [100 * e.low for _, e in curve],
                           [100 * e.high for _, e in curve],
                           color=seen.color, alpha=0.1, linewidth=0)
     axes.set(xlabel=xlabel, ylabel="accuracy (%)", title=shorten(title, 80), ylim=(0, None))
     axes.set_xlim(left=0)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -86,7 +100,7 @@ def rob_f_bars(
     `groups` maps the name of each network to the label that gives its color, and its rows, one
     for each seed.
     """
-    figure, (axes,) = new_figure(7.5, 0.62 * len(groups) + 1.6)
+    figure, (axes,) = new_figure(7.5, 0.62 * len(groups) + 1.3)
     for place, (label, transfers) in enumerate(groups.values()):
         n = transfers[0].n
         color = look[label].color
@@ -102,11 +116,8 @@ def rob_f_bars(
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="accuracy of f (%)", title=shorten(title, 80), xlim=(0, None))
-    figure.legend(
-        handles=[Patch(color=pale(NEUTRAL)), Patch(color=NEUTRAL)],
-        labels=["on x_f*, crafted against f itself", "on x_S*, crafted against the student"],
-        loc="outside lower center", ncols=2,
-    )
+    legend_below(figure, [Patch(color=pale(NEUTRAL)), Patch(color=NEUTRAL)],
+                 ["on x_f*, crafted against f itself", "on x_S*, crafted against the student"])
     return figure
 
 
@@ -126,7 +137,7 @@ def training_curves(
     splits = sorted({"test (!)" if e.selection == "test" else "validation" for e in epochs})
     averages = {name: style for name, style in _AVERAGES.items()
                 if any(name in epoch.averages for epoch in epochs)}
-    figure, (clean, robust, loss) = new_figure(11.5, 3.8, panels=3)
+    figure, (clean, robust, loss) = new_figure(11.5, 3.5, panels=3)
     for label, run in runs.items():
         seen = look[label]
         _over_epochs(clean, [(e.epoch, e.clean) for e in run], seen)
@@ -150,7 +161,7 @@ def training_curves(
     for name, style in averages.items():
         handles.append(Line2D([], [], color=INK, linestyle=style))
         labels.append(f"averaged weights ({name.upper()})")
-    figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=4)
+    legend_below(figure, handles, labels)
     return figure
 
 

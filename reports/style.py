@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -93,11 +95,22 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with panels side by side, over the same x axis."""
+def new_figure(
+    width: float, height: float, panels: int = 1, share: Literal["x", "y"] = "x"
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches with panels side by side that have one axis in common."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, sharex=True)
+    axes = figure.subplots(1, panels, squeeze=False, sharex=share == "x", sharey=share == "y")
     return figure, list(axes[0])
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """A legend in as many columns as fit; the figure grows by its height, the axes keep theirs."""
+    width, height = figure.get_size_inches()
+    longest = max(map(len, labels), default=0)
+    columns = min(max(1, int(width / (0.08 * longest + 0.65))), max(1, len(labels)))
+    figure.set_figheight(height + 0.21 * math.ceil(len(labels) / columns) + 0.1)
+    figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=columns)
 
 
 @house_style()

@@ -574,8 +574,6 @@ def large(make_record, make_transfer, make_epoch, write_flags, tmp_path_factory)
     return results, folder
 
 
-# The legends of so many lines leave the figures no room, of which matplotlib warns.
-@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_a_large_report_is_small(large, show, capsys):
     """1,000 records of 60 trainings. Times are told, not judged: they depend on the machine."""
     results, folder = large

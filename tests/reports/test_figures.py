@@ -57,6 +57,29 @@ def test_hostile_names_are_text_in_valid_svg(hostile):
         assert any("$\\frac{1" in text for text in texts(svg))
 
 
+@pytest.mark.parametrize("count", [1, 20])
+def test_axes_have_room_with_many_defenses(make_record, make_epoch, make_transfer, count):
+    """matplotlib warns where they have none, and warnings are errors."""
+    results = Results()
+    for i in range(count):
+        known = dict(run=f"run-{i}", defense=f"a defense with a long name {i}")
+        results.records.extend([
+            make_record(**known, n_robust=200 + i),
+            make_record(**known, role="curve", threat="L2:0.5")])
+        results.epochs.extend(make_epoch(**known, epoch=e, averages={"swa": (0.5, 0.4)})
+                              for e in range(3))
+        results.transfers.append(make_transfer(**known))
+    for drawing in draw_all(results):
+        to_svg(drawing.figure, drawing.name)
+        width, height = drawing.figure.get_size_inches()
+        for axes in drawing.figure.axes:
+            box = axes.get_position()
+            assert box.width * width > 1.8 and box.height * height > 0.5, drawing.name
+        for legend in drawing.figure.legends:
+            box = legend.get_window_extent().transformed(drawing.figure.transFigure.inverted())
+            assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0, drawing.name
+
+
 def test_the_same_data_give_the_same_bytes(hostile):
     one, other = (
         [(to_svg(d.figure, d.name), to_png(d.figure)) for d in draw_all(hostile)[:2]]
