@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from robench.reports.record import Epoch, Transfer
 from robench.reports.style import (
@@ -38,31 +38,65 @@ def clean_vs_robust(
 ) -> Figure:
     """Clean against robust accuracy with 95 % intervals, one point for each row.
 
-    `group` is rows of `tables.leaderboard` on which `attack` was measured, with a column `name`
-    for the labels, which stand in the right margin so that they never overlap.
+    `group` is rows of `tradeoff.tradeoff` on which `attack` was measured, with a column `name`
+    for the labels. A step line is the Pareto front; rows behind it are paler.
     """
     figure, (axes,) = new_figure(7.5, max(4.2, 0.32 * len(group) + 1.0))
-    group = group.sort_values([attack, "name"])
-    low, high = group[f"{attack}_low"].min(), group[f"{attack}_high"].max()
-    pad = 0.06 * (high - low)
-    axes.set_ylim(low - pad, high + pad)
-    places = _spread([float((y - low + pad) / (high - low + 2 * pad)) for y in group[attack]],
-                     gap=0.22 / figure.get_figheight())
-    for line, place in zip(group.to_dict("records"), places, strict=True):
+    for line in group.to_dict("records"):
         x, y, seen = line["clean"], line[attack], look[line["label"]]
         axes.errorbar(
             x, y,
             xerr=[[x - line["clean_low"]], [line["clean_high"] - x]],
             yerr=[[y - line[f"{attack}_low"]], [line[f"{attack}_high"] - y]],
             color=seen.color, marker=seen.marker, markersize=7, linewidth=1, capsize=2,
+            alpha=1.0 if line["pareto"] else 0.4,
         )
-        axes.annotate(
-            shorten(line["name"]), (x, y), (1.03, place), textcoords="axes fraction",
-            va="center", arrowprops={"arrowstyle": "-", "color": seen.color, "linewidth": 0.6,
-                                     "alpha": 0.6, "shrinkB": 5, "relpos": (0, 0.5)},
-        )
-    axes.set(xlabel="clean accuracy (%)", title=shorten(title, 80),
-             ylabel=f"accuracy under {shorten(TITLES.get(attack, attack))} (%)")
+    _label_rows(axes, group, "clean", attack, look)
+    front = group[group["pareto"]].sort_values("clean")
+    axes.set_xlim(axes.get_xlim())  # as it is: the line goes on to the edges
+    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
+    axes.plot([left, *front["clean"], front["clean"].iloc[-1]],
+              [front[attack].iloc[0], *front[attack], bottom],
+              drawstyle="steps-pre", color=NEUTRAL, linewidth=0.9, linestyle="--", zorder=1)
+    axes.set(xlabel="clean accuracy (%)", title=shorten(title, 80), ylabel=_under(attack))
+    return figure
+
+
+@house_style()
+def cost_vs_robust(
+    group: pd.DataFrame, attack: str, title: str, look: Mapping[str, Look]
+) -> Figure:
+    """Training time, where it is known, and evaluation time against robust accuracy.
+
+    `group` is rows of `tradeoff.tradeoff` on which `attack` was measured, with a column `name`
+    for the labels. Bars are 95 % intervals.
+    """
+    panels = [
+        (name, seconds, label) for name, seconds, label in (
+            ("train_and_teacher_seconds", 60, "training time, with teachers (minutes)"),
+            ("attack_seconds", 1, f"time of {shorten(TITLES.get(attack, attack))} (seconds)"),
+        ) if (group[name] > 0).any()
+    ]
+    figure, places = new_figure(4.0 * len(panels) + 2.5, max(4.0, 0.32 * len(group) + 1.0),
+                                panels=len(panels), share="y")
+    for axes, (name, seconds, label) in zip(places, panels, strict=True):
+        known = group[group[name] > 0]
+        for line in known.to_dict("records"):
+            y, seen = line[attack], look[line["label"]]
+            axes.errorbar(
+                line[name] / seconds, y,
+                yerr=[[y - line[f"{attack}_low"]], [line[f"{attack}_high"] - y]],
+                color=seen.color, marker=seen.marker, markersize=7, linewidth=1, capsize=2,
+            )
+        axes.set_xscale("log")
+        # Wide enough for two ticks, however close the times are.
+        axes.set_xlim(known[name].min() / seconds / 2.3, known[name].max() / seconds * 2.3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=label, ylabel=_under(attack))
+    _label_rows(axes, known.assign(**{name: known[name] / seconds}), name, attack, look)
+    figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
 
 
@@ -163,6 +197,29 @@ def training_curves(
         labels.append(f"averaged weights ({name.upper()})")
     legend_below(figure, handles, labels)
     return figure
+
+
+def _under(attack: str) -> str:
+    return f"accuracy under {shorten(TITLES.get(attack, attack))} (%)"
+
+
+def _label_rows(
+    axes: Axes, group: pd.DataFrame, x: str, attack: str, look: Mapping[str, Look]
+) -> None:
+    """The names of the points (x, attack) in the right margin, where they never overlap."""
+    group = group.sort_values([attack, "name"])
+    low, high = group[f"{attack}_low"].min(), group[f"{attack}_high"].max()
+    pad = 0.06 * (high - low)
+    axes.set_ylim(low - pad, high + pad)
+    places = _spread([float((y - low + pad) / (high - low + 2 * pad)) for y in group[attack]],
+                     gap=0.22 / axes.figure.get_figheight())
+    for line, place in zip(group.to_dict("records"), places, strict=True):
+        axes.annotate(
+            shorten(line["name"]), (line[x], line[attack]), (1.03, place),
+            textcoords="axes fraction", va="center",
+            arrowprops={"arrowstyle": "-", "color": look[line["label"]].color, "linewidth": 0.6,
+                        "alpha": 0.6, "shrinkB": 5, "relpos": (0, 0.5)},
+        )
 
 
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:

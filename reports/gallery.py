@@ -8,10 +8,13 @@ from dataclasses import replace
 from fractions import Fraction
 from statistics import fmean
 
+import pandas as pd
+
 from robench.reports.boards import group_title
 from robench.reports.figures import (
     accuracy_over_eps,
     clean_vs_robust,
+    cost_vs_robust,
     rob_f_bars,
     training_curves,
 )
@@ -20,8 +23,9 @@ from robench.reports.landscape_figures import draw_landscapes, label_names
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
-from robench.reports.tables import leaderboard, run_labels
-from robench.reports.text import TITLES
+from robench.reports.tables import run_labels
+from robench.reports.text import TITLES, duration
+from robench.reports.tradeoff import tradeoff
 from robench.reports.uncertainty import Estimate, estimate
 
 Looks = Mapping[str, Look]
@@ -38,7 +42,7 @@ def draw_all(results: Results) -> list[Drawing]:
     ])
     drawings: dict[str, Drawing] = {}
     for drawing in (
-        *_clean_vs_robust(results.records, look),
+        *_tradeoff(results.records, look),
         *_over_eps(results.records, look),
         *_rob_f(results.transfers, labels, look),
         *_training(results.epochs, labels, look),
@@ -51,26 +55,54 @@ def draw_all(results: Results) -> list[Drawing]:
     return list(drawings.values())
 
 
-def _clean_vs_robust(records: list[Record], look: Looks) -> Iterator[Drawing]:
-    """One for each group of the leaderboard."""
-    frame = leaderboard(records)
-    for _, group in frame[frame["rank"].notna()].groupby("group", sort=False):
-        attack, title = group["rank_attack"].iloc[0], group_title(group)
+def _tradeoff(records: list[Record], look: Looks) -> Iterator[Drawing]:
+    """Two for each group of the leaderboard: against clean accuracy, and against time."""
+    for _, group in tradeoff(records).groupby("group", sort=False):
         details = ["checkpoint", "model", "recipe", "epochs", "source"]
         names = distinct({
             i: ((), line["label"], canonical({name: str(line[name]) for name in details}))
             for i, line in group.iterrows()
         })
         group = group.assign(name=[names[i] for i in group.index])
-        yield Drawing(
-            f"clean-vs-robust {title}",
-            f"{title}: clean accuracy against accuracy under {TITLES.get(attack, attack)}, with "
-            "95 % intervals of the sampling error. Up and to the right is better.",
-            "Clean and robust accuracy in percent: " + "; ".join(
-                f"{line['name']} {line['clean']:.1f} and {line[attack]:.1f}"
-                for line in group.to_dict("records")),
-            clean_vs_robust(group, attack, title, look),
-        )
+        yield _clean_vs_robust(group, look)
+        yield from _cost_vs_robust(group[group["attack_seconds"] > 0], look)
+
+
+def _clean_vs_robust(group: pd.DataFrame, look: Looks) -> Drawing:
+    attack, title = group["rank_attack"].iloc[0], group_title(group)
+    front = ", ".join(group["name"][group["pareto"]])
+    return Drawing(
+        f"clean-vs-robust {title}",
+        f"{title}: clean accuracy against accuracy under {TITLES.get(attack, attack)}, with "
+        "95 % intervals of the sampling error. Up and to the right is better. On the Pareto "
+        f"front, the dashed line: {front}. The others are paler: some row is as good in both "
+        "and better in one.",
+        "Clean and robust accuracy in percent: " + "; ".join(
+            f"{line['name']} {line['clean']:.1f} and {line[attack]:.1f}"
+            for line in group.to_dict("records")) + f". Pareto front: {front}",
+        clean_vs_robust(group, attack, title, look),
+    )
+
+
+def _cost_vs_robust(group: pd.DataFrame, look: Looks) -> Iterator[Drawing]:
+    """None where no time was taken."""
+    if group.empty:
+        return
+    attack, title = group["rank_attack"].iloc[0], group_title(group)
+    machines = sorted(set(group["machine"]))
+    where = (f"Evaluated on {machines[0]}." if len(machines) == 1 else
+             f"Evaluated on different machines ({'; '.join(machines)}): do not compare the times.")
+    yield Drawing(
+        f"cost-vs-robust {title}",
+        f"{title}: the time to train a network and its teachers, and the time that "
+        f"{TITLES.get(attack, attack)} took on it, against accuracy under this attack; means over "
+        f"seeds, logarithmic axes. Up and to the left is better in training. {where}",
+        "Robust accuracy in percent, training and evaluation time: " + "; ".join(
+            f"{line['name']} {line[attack]:.1f}, "
+            f"{duration(line['train_and_teacher_seconds']) if line['train_seconds'] else 'unknown'}"
+            f" and {duration(line['attack_seconds'])}" for line in group.to_dict("records")),
+        cost_vs_robust(group, attack, title, look),
+    )
 
 
 def _over_eps(records: list[Record], look: Looks) -> Iterator[Drawing]:

@@ -29,7 +29,8 @@ def texts(svg):
 def test_every_kind_of_figure_is_drawn(campaign):
     drawings = draw_all(campaign)
     assert [d.name for d in drawings] == [
-        "clean-vs-robust-digits-test-linf-8-255", "accuracy-over-eps-digits-test-linf-pgd-20",
+        "clean-vs-robust-digits-test-linf-8-255", "cost-vs-robust-digits-test-linf-8-255",
+        "accuracy-over-eps-digits-test-linf-pgd-20",
         "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "training-digits-resnet18-unified",
     ]
     assert all("peeraid" in d.alt for d in drawings)
@@ -49,7 +50,7 @@ def test_axes_have_units(campaign):
 
 def test_hostile_names_are_text_in_valid_svg(hostile):
     drawings = draw_all(hostile)
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     for drawing in drawings:
         svg = to_svg(drawing.figure, drawing.name)
         assert "<img" not in svg
@@ -92,7 +93,7 @@ def test_figures_of_two_groups_have_their_own_names(make_record):
     records = [make_record(data_sha256=images) for images in ("a", "b")]
     records.append(make_record(threat="L2:0.5"))
     names = [d.name for d in draw_all(Results(records))]
-    assert len(names) == 3 and len(set(names)) == 3
+    assert len(names) == 6 and len(set(names)) == 6
 
 
 def test_rob_f_of_other_images_is_another_figure(make_transfer):

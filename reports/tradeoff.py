@@ -1,0 +1,53 @@
+"""What robustness costs: clean accuracy, with the Pareto front, and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import pandas as pd
+
+from robench.reports.grouping import Key
+from robench.reports.record import Record
+from robench.reports.tables import leaderboard, ranked_groups
+
+
+def tradeoff(records: Sequence[Record]) -> pd.DataFrame:
+    """The rows of `tables.leaderboard` that have a rank, with three columns more.
+
+    `pareto`: no other row of the group is at least as good in clean accuracy and under
+    `rank_attack`, and better in one of the two. `attack_seconds`: how long `rank_attack` took on
+    one network, the mean over seeds. `machine`: the devices and threads on which it took so long.
+    Rows of a group have the same images for this attack, so times differ by network and machine.
+    """
+    frame = leaderboard(records)
+    frame = frame[frame["rank"].notna()]
+    table = {(number, row.key): row
+             for number, group in enumerate(ranked_groups(records), start=1) for row in group}
+    seconds, machines = [], []
+    for line in frame.to_dict("records"):
+        key = Key(*(line[name] for name in Key._fields))
+        passed = table[line["group"], key].passed(line["rank_attack"])
+        seconds.append(fmean(record.seconds for record in passed))
+        machines.append(", ".join(sorted({_machine(record) for record in passed})))
+    fronts = [on_front([(line["clean"], line[line["rank_attack"]])
+                        for line in group.to_dict("records")])
+              for _, group in frame.groupby("group", sort=False)]
+    return frame.assign(pareto=pd.Series([on for front in fronts for on in front], frame.index,
+                                         dtype=bool),
+                        attack_seconds=pd.Series(seconds, frame.index, dtype=float),
+                        machine=pd.Series(machines, frame.index, dtype=object))
+
+
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each point, whether none is at least as large in both numbers and larger in one."""
+    return [
+        not any(other[0] >= point[0] and other[1] >= point[1] and other != point
+                for other in points)
+        for point in points
+    ]
+
+
+def _machine(record: Record) -> str:
+    threads = "thread" if record.threads == 1 else "threads"
+    return f"{record.device} with {record.threads} {threads}"
