@@ -38,8 +38,8 @@ def clean_vs_robust(
 ) -> Figure:
     """Clean against robust accuracy with 95 % intervals, one point for each row.
 
-    `group` is rows of `tradeoff.tradeoff` on which `attack` was measured, with a column `name`
-    for the labels. A step line is the Pareto front; rows behind it are paler.
+    `group` is rows of `tradeoff.tradeoff`, ranked by `attack`. A step line is the Pareto front;
+    rows behind it are paler. Names stand in the right margin so that they never overlap.
     """
     figure, (axes,) = new_figure(7.5, max(4.2, 0.32 * len(group) + 1.0))
     for line in group.to_dict("records"):
@@ -51,7 +51,7 @@ def clean_vs_robust(
             color=seen.color, marker=seen.marker, markersize=7, linewidth=1, capsize=2,
             alpha=1.0 if line["pareto"] else 0.4,
         )
-    _label_rows(axes, group, "clean", attack, look)
+    _label_rows(figure, axes, group, "clean", attack, look)
     front = group[group["pareto"]].sort_values("clean")
     axes.set_xlim(axes.get_xlim())  # as it is: the line goes on to the edges
     left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
@@ -68,8 +68,7 @@ def cost_vs_robust(
 ) -> Figure:
     """Training time, where it is known, and evaluation time against robust accuracy.
 
-    `group` is rows of `tradeoff.tradeoff` on which `attack` was measured, with a column `name`
-    for the labels. Bars are 95 % intervals.
+    `group` is rows of `tradeoff.tradeoff`, ranked by `attack`. Bars are 95 % intervals.
     """
     panels = [
         (name, seconds, label) for name, seconds, label in (
@@ -95,7 +94,7 @@ def cost_vs_robust(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=label, ylabel=_under(attack))
-    _label_rows(axes, known.assign(**{name: known[name] / seconds}), name, attack, look)
+    _label_rows(figure, axes, known.assign(**{name: known[name] / seconds}), name, attack, look)
     figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
 
@@ -204,7 +203,7 @@ def _under(attack: str) -> str:
 
 
 def _label_rows(
-    axes: Axes, group: pd.DataFrame, x: str, attack: str, look: Mapping[str, Look]
+    figure: Figure, axes: Axes, group: pd.DataFrame, x: str, attack: str, look: Mapping[str, Look]
 ) -> None:
     """The names of the points (x, attack) in the right margin, where they never overlap."""
     group = group.sort_values([attack, "name"])
@@ -212,7 +211,7 @@ def _label_rows(
     pad = 0.06 * (high - low)
     axes.set_ylim(low - pad, high + pad)
     places = _spread([float((y - low + pad) / (high - low + 2 * pad)) for y in group[attack]],
-                     gap=0.22 / axes.figure.get_figheight())
+                     gap=0.22 / figure.get_figheight())
     for line, place in zip(group.to_dict("records"), places, strict=True):
         axes.annotate(
             shorten(line["name"]), (line[x], line[attack]), (1.03, place),

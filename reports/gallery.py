@@ -20,6 +20,7 @@ from robench.reports.figures import (
 )
 from robench.reports.grouping import Key, Row, canonical, distinct, rows
 from robench.reports.landscape_figures import draw_landscapes, label_names
+from robench.reports.overlap_figures import draw_overlaps
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
@@ -44,6 +45,7 @@ def draw_all(results: Results) -> list[Drawing]:
     for drawing in (
         *_tradeoff(results.records, look),
         *_over_eps(results.records, look),
+        *draw_overlaps(results.records, look),
         *_rob_f(results.transfers, labels, look),
         *_training(results.epochs, labels, look),
         *draw_landscapes(results, look),
@@ -58,12 +60,6 @@ def draw_all(results: Results) -> list[Drawing]:
 def _tradeoff(records: list[Record], look: Looks) -> Iterator[Drawing]:
     """Two for each group of the leaderboard: against clean accuracy, and against time."""
     for _, group in tradeoff(records).groupby("group", sort=False):
-        details = ["checkpoint", "model", "recipe", "epochs", "source"]
-        names = distinct({
-            i: ((), line["label"], canonical({name: str(line[name]) for name in details}))
-            for i, line in group.iterrows()
-        })
-        group = group.assign(name=[names[i] for i in group.index])
         yield _clean_vs_robust(group, look)
         yield from _cost_vs_robust(group[group["attack_seconds"] > 0], look)
 

@@ -68,6 +68,8 @@ def sections(results: Results, folder: Path | None = None) -> list[Section]:
                 drawings=take("clean-vs-robust", "cost-vs-robust")),
         Section("over-eps", "Over eps", "How robustness goes down as the attacker may change more.",
                 drawings=take("accuracy-over-eps")),
+        Section("overlap", "Attacks", "Which images fall to which attacks.",
+                drawings=take("overlap")),
         Section("training", "Training", "How accuracy and loss went while the networks learned.",
                 drawings=take("training")),
         Section("figures", "Figures", "Everything else that was drawn.", drawings=take("")),

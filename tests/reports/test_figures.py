@@ -30,7 +30,7 @@ def test_every_kind_of_figure_is_drawn(campaign):
     drawings = draw_all(campaign)
     assert [d.name for d in drawings] == [
         "clean-vs-robust-digits-test-linf-8-255", "cost-vs-robust-digits-test-linf-8-255",
-        "accuracy-over-eps-digits-test-linf-pgd-20",
+        "accuracy-over-eps-digits-test-linf-pgd-20", "overlap-digits-test-linf-8-255",
         "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "training-digits-resnet18-unified",
     ]
     assert all("peeraid" in d.alt for d in drawings)
@@ -43,8 +43,9 @@ def test_no_data_no_figures():
 def test_axes_have_units(campaign):
     for drawing in draw_all(campaign):
         for axes in drawing.figure.axes:
-            assert axes.get_xlabel() == "epoch" or "(" in axes.get_xlabel()
-            bars = drawing.name.startswith("rob-f")
+            above = drawing.name.startswith("overlap") and axes is drawing.figure.axes[0]
+            assert above or axes.get_xlabel() == "epoch" or "(" in axes.get_xlabel()
+            bars = drawing.name.startswith(("rob-f", "overlap"))  # with names along one axis
             assert bars or "(%)" in axes.get_ylabel() or "loss" in axes.get_ylabel()
 
 

@@ -21,7 +21,7 @@ def test_all_files_are_written(rendered):
     out, paths = rendered
     names = {path.relative_to(out).as_posix() for path in paths}
     figures = {name for name in names if name.startswith("figures/")}
-    assert names - figures == FILES and len(figures) == 10
+    assert names - figures == FILES and len(figures) == 12
     empty = {path.name for path in paths if not path.stat().st_size}
     assert empty == {"landscape.jsonl"}  # of which the campaign has none
     assert [path.name for path in paths[:4]] == ["results.jsonl", "transfer.jsonl",
