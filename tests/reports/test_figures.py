@@ -1,9 +1,11 @@
+import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
 
-from robench.reports import Results
+from robench.reports import Results, load
 from robench.reports.gallery import draw_all
 from robench.reports.style import PALETTE, looks, to_png, to_svg
 
@@ -127,3 +129,12 @@ def test_drawing_leaves_matplotlib_as_it_was(campaign):
 def test_no_pyplot(run_python):
     code = "import sys, robench.reports.writers; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert run_python(code) == 0
+
+
+def test_the_documentation_shows_every_figure_of_the_committed_campaign():
+    page = Path(__file__).parents[2] / "docs" / "figures.md"
+    shown = [page.parent / link for link in re.findall(r"!\[.+\]\((.+)\)", page.read_text())]
+    folder = page.parents[1] / "results" / "cifar10-small-resnet"
+    assert {path.resolve() for path in shown} == set((folder / "figures").glob("*.png"))
+    drawn = {drawing.name for drawing in draw_all(load([folder]))}
+    assert {path.stem for path in shown} == drawn
