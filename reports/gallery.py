@@ -71,8 +71,8 @@ def _clean_vs_robust(group: pd.DataFrame, look: Looks) -> Drawing:
         f"clean-vs-robust {title}",
         f"{title}: clean accuracy against accuracy under {TITLES.get(attack, attack)}, with "
         "95 % intervals of the sampling error. Up and to the right is better. On the Pareto "
-        f"front, the dashed line: {front}. The others are paler: some row is as good in both "
-        "and better in one.",
+        f"front, the dashed line: {front}. The others are paler: some row is at least as good "
+        "in both, and better in one.",
         "Clean and robust accuracy in percent: " + "; ".join(
             f"{line['name']} {line['clean']:.1f} and {line[attack]:.1f}"
             for line in group.to_dict("records")) + f". Pareto front: {front}",
