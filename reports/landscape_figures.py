@@ -22,7 +22,7 @@ from robench.reports.landscape import (
 )
 from robench.reports.record import Landscape
 from robench.reports.store import Results
-from robench.reports.style import INK, Drawing, Look, house_style, shorten
+from robench.reports.style import INK, Drawing, Look, house_style, legend_below, shorten
 
 COLUMNS = 3  # planes side by side
 AXES = {
@@ -105,7 +105,7 @@ def weight_curves(
     `nets` maps the name of each line to the label that gives its look, and its landscapes, one
     for each seed.
     """
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
     whole, near = figure.subplots(1, 2)
     for name, (label, some) in nets.items():
         seen, alphas = look[label], np.array(some[0].alphas)
@@ -124,7 +124,7 @@ def weight_curves(
     for axes in (whole, near):
         axes.set_xlabel("alpha (filter lengths)")
     figure.suptitle(shorten(title, 80), fontsize=11)
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    legend_below(figure, *whole.get_legend_handles_labels())
     return figure
 
 
