@@ -25,7 +25,7 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 ORDER = {"L2": 2, "L1": 1}
 _TINY = 1e-12
 # A unit looks one query further ahead for each so many in a row that changed nothing: if an
-# improvement is as likely as that suggests, about 1 look of 16 is in vain.
+# improvement is as likely as that suggests, at most 1 look of 8 is in vain.
 _PATIENCE = 4
 
 
@@ -98,11 +98,11 @@ class Square(OneStage):
                 "seed": (high << 32) | low, "taken": torch.zeros_like(units.step)}
 
     def step(self, net: Network, units: Units) -> Step:
-        state, n = units.state, len(units)
-        room = net.batch // n
-        asked, owner, last = self._ahead(units, room) if room > 1 else (units, None, None)
+        state, asked, room = units.state, units, net.batch // len(units)
+        if room > 1:
+            asked, owner, last = self._ahead(units, room)
         proposal, margin = self._looks(net, asked)
-        if owner is not None and last is not None:
+        if room > 1:
             # What is no number is no correct answer: the pool has to see it.
             ends = ~(margin <= asked.state["margin"])
             rows = torch.arange(len(owner), device=owner.device)
@@ -122,6 +122,7 @@ class Square(OneStage):
         (M,) whose they are, (N,) the last one of each."""
         idle = units.step - units.state["taken"]
         count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
+        # The slowest catch up: squares of one size are looked at together (`Local`).
         count = count.minimum(units.step.min() + 2 * room - units.step).clamp_min(1)
         owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
