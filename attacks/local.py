@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,9 +24,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from robench.attacks.windows import (
     LIMITS,
     PAYS,
-    Place,
+    Move,
     Plan,
-    Read,
     margin_of,
     separate,
     shape_of,
@@ -54,17 +54,34 @@ class Change:
     size: Tensor
 
 
+Rows = Tensor | slice
+
+
+class Proposals(Protocol):
+    """The images of a `Change`, (M, C, H, W) for M of its rows, of the attack's type. Most are
+    never asked for as a whole."""
+
+    def images(self, rows: Rows) -> Tensor:
+        """The proposals."""
+
+    def known(self, rows: Rows) -> Tensor:
+        """The known images that they differ from."""
+
+    def squares(self, rows: Rows, size: int) -> Tensor:
+        """(M, C, size, size): the squares of these proposals, which are all of that size."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Look:
     """What the last call computed for the squares of one size: known, should they be taken.
 
     Attributes:
         row: of a proposal, by the place of its image in the cache and the version it would be.
-        at: the places of the windows. values: the windows.
+        starts: of the windows. values: the windows.
     """
 
     row: dict[tuple[int, int], int]
-    at: list[Place]
+    starts: Sequence[Tensor]
     values: dict[fx.Node, Tensor]
 
 
@@ -101,16 +118,14 @@ class Local:
         work = self._dense * units
         return plan is not None and plan.cost(units) <= PAYS * work
 
-    def logits(self, change: Change, proposal: Tensor, base: Tensor) -> Tensor:
-        """Logits (N, K) of `proposal` (N, C, H, W), in the network's type; `base` are the known
-        images."""
+    def logits(self, change: Change, proposals: Proposals) -> Tensor:
+        """Logits (N, K) of the proposals, in the network's type."""
         keys, versions, after, sizes = torch.stack(
             [change.key, change.version, change.after, change.size]).tolist()
-        same = tuple(proposal.shape[1:]) == shape_of(self._image)[1:]
-        saves = {s for s, n in Counter(sizes).items() if same and self.saves(s, n)}
+        saves = {s for s, n in Counter(sizes).items() if self.saves(s, n)}
         looks, self._looks = self._looks, {}
         if not saves:
-            return self._dense_logits(proposal)
+            return self._dense_logits(proposals.images(slice(None)))
         slots = self._take([(key, version) if s in saves else None
                             for key, version, s in zip(keys, versions, sizes, strict=True)])
         groups: dict[int, list[int]] = {}
@@ -120,14 +135,15 @@ class Local:
         for s, rows in groups.items():
             pick = slice(None) if len(groups) == 1 else torch.tensor(rows)
             if s == 0:
-                parts.append(self._dense_logits(proposal[pick]))
+                parts.append(self._dense_logits(proposals.images(pick)))
                 continue
             plan = self._plan(s)
             assert plan is not None
             places = [slots[row] for row in rows]
-            self._refresh(plan, places, [versions[row] for row in rows], base[pick], looks.get(s))
-            parts.append(self._look(plan, places, [after[row] for row in rows], proposal[pick],
-                                    change.top[pick], change.left[pick]))
+            self._refresh(plan, rows, places, versions, proposals, looks.get(s))
+            parts.append(self._look(plan, places, [after[row] for row in rows],
+                                    proposals.squares(pick, s), change.top[pick],
+                                    change.left[pick]))
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([row for rows in groups.values() for row in rows])
@@ -191,94 +207,72 @@ class Local:
     # What is known
 
     def _refresh(
-        self, plan: Plan, slots: list[int], versions: list[int], base: Tensor, last: _Look | None
+        self, plan: Plan, rows: list[int], slots: list[int], versions: list[int],
+        proposals: Proposals, last: _Look | None,
     ) -> None:
-        """Make the places hold the maps of `base`."""
-        stale: list[int] = []
+        """Make the places `slots` hold the maps of the known images of these rows."""
+        stale: list[tuple[int, int]] = []  # (place, row)
         taken: list[tuple[int, int]] = []  # (place, row of the last call)
-        for row, (slot, version) in enumerate(zip(slots, versions, strict=True)):
-            known = self._sizes[slot] == plan.size
+        for row, slot in zip(rows, slots, strict=True):
+            version, known = versions[row], self._sizes[slot] == plan.size
             if known and self._versions[slot] == version:
                 continue
             before = last.row.get((slot, version)) if known and last is not None else None
             if before is None:
-                stale.append(row)
+                stale.append((slot, row))
             else:
                 taken.append((slot, before))
             self._sizes[slot], self._versions[slot] = plan.size, version
         if last is not None and taken:
             self._commit(plan, taken, last)
         if stale:
-            rows = slice(None) if len(stale) == len(slots) else torch.tensor(stale)
-            self._fill(plan, [slots[row] for row in stale], base[rows])
+            places, fresh = torch.tensor(stale).unbind(1)
+            self._fill(plan, places, proposals.known(fresh))
 
     def _commit(self, plan: Plan, taken: list[tuple[int, int]], last: _Look) -> None:
         """Take over squares of the last call: (place, row there)."""
         places, before = torch.tensor(taken).unbind(1)
-        for node in plan.kept:
-            top, left = last.at[plan.place[node]]
-            margin, values = self._margins[node], last.values[node][before]
-            _put(self._map(node), values, places, top[before] + margin, left[before] + margin)
+        for node, move in plan.take.items():
+            maps = self._map(node)
+            start = last.starts[move.number][before] + places * math.prod(maps.shape[2:])
+            move.put(maps, last.values[node][before], start)
 
-    def _fill(self, plan: Plan, slots: list[int], base: Tensor) -> None:
-        places = torch.tensor(slots)
+    def _fill(self, plan: Plan, places: Tensor, base: Tensor) -> None:
         for node, values in zip(plan.kept, plan.fill(self._prepared(base)), strict=True):
             _inner(self._map(node), self._margins[node])[places] = values
 
     # The windows
 
     def _look(
-        self, plan: Plan, slots: list[int], after: list[int], proposal: Tensor, top: Tensor,
+        self, plan: Plan, slots: list[int], after: list[int], squares: Tensor, top: Tensor,
         left: Tensor,
     ) -> Tensor:
-        """Logits of proposals whose known images are in these places."""
-        at, rows, places = plan.places(top, left), torch.arange(len(slots)), torch.tensor(slots)
-        pixels = _windows(proposal, plan.size, plan.size)[rows, top, left]
-        values = {self._image: self._prepared(pixels)}
+        """Logits of proposals whose known images are in these places; their squares."""
+        starts = plan.starts(top, left, torch.tensor(slots))
+        values = {self._image: self._prepared(squares)}
 
-        def part(read: Read) -> Tensor:
+        def part(source: fx.Node, around: tuple[Move, Move] | None) -> Tensor:
             """The window, with what is known around it."""
-            window = values[read.source]
-            if read.size is None:
+            window = values[source]
+            if around is None:
                 return window
-            around = _cut(self._map(read.source), *read.size, places, *at[read.cut])
-            _put(around, window, rows, *at[read.put])
-            return around
-
-        def whole(node: fx.Node) -> Tensor:
-            (h, w), margin = shape_of(node)[2:], torch.tensor(self._margins[node])
-            maps = _cut(self._map(node), h, w, places, margin, margin)
-            _put(maps, values[node], rows, *at[plan.place[node]])
-            return maps
+            cut, put = around
+            made = cut.cut(self._map(source), starts)
+            put.put(made, window, starts[put.number])
+            return made
 
         for node, run, reads in plan.steps:
-            values[node] = run([part(read) for read in reads])
+            values[node] = run([part(read.source, read.around) for read in reads])
         kept = {node: values[node] for node in plan.kept}
         row = {name: i for i, name in enumerate(zip(slots, after, strict=True))}
-        self._looks[plan.size] = _Look(row, at, kept)
-        logits: Tensor = plan.tail(*map(whole, plan.frontier))
+        self._looks[plan.size] = _Look(row, starts, kept)
+        logits: Tensor = plan.tail(*(part(*frontier) for frontier in plan.whole.items()))
         return logits
 
 
-def _windows(maps: Tensor, height: int, width: int) -> Tensor:
+def windows_of(maps: Tensor, height: int, width: int) -> Tensor:
     """(N, H', W', C, height, width), a view: the windows of (N, C, H, W) at all places."""
     return maps.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
-
-
-def _cut(
-    maps: Tensor, height: int, width: int, rows: Tensor, top: Tensor, left: Tensor
-) -> Tensor:
-    """The windows (M, C, height, width) of the maps at `rows`, which are dense channels_last."""
-    _, c, h, w = maps.shape
-    lines = maps.as_strided((len(maps) * h * w - width + 1, width * c), (c, 1))
-    first = torch.arange(height) * w
-    lines = lines.index_select(0, (((rows * h + top) * w + left)[:, None] + first).flatten())
-    return lines.view(len(rows), height, width, c).permute(0, 3, 1, 2)
-
-
-def _put(maps: Tensor, values: Tensor, rows: Tensor, top: Tensor, left: Tensor) -> None:
-    """Write windows (M, C, h, w) into the maps at `rows`."""
-    _windows(maps, *values.shape[2:])[rows, top, left] = values
 
 
 def _inner(maps: Tensor, margin: int) -> Tensor:

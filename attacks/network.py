@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
 from robench.attacks.fused import Fused, fused
-from robench.attacks.local import Change, Local
+from robench.attacks.local import Change, Local, Proposals
 from robench.attacks.verify import full_precision
 from robench.attacks.windows import separate
 
@@ -65,19 +65,20 @@ class Network:
         with torch.no_grad():
             return self._logits(self._chunks(x), len(x), x.dtype)
 
-    def near(self, change: Change, proposal: Tensor, base: Tensor) -> Tensor:
-        """logits(proposal), for less work where it differs in a small square from known images.
+    def near(self, change: Change, proposals: Proposals) -> Tensor:
+        """Logits of the proposals, for less work where they differ in a small square from known
+        images.
 
         The arguments are those of `Local.logits`. Only a folded network on a CPU uses them.
         """
         ours = self._ours and isinstance(self._model, fx.GraphModule)
-        if proposal.device.type != "cpu" or not ours:
-            return self.logits(proposal)
+        if change.key.device.type != "cpu" or not ours:
+            return self.logits(proposals.images(slice(None)))
         if self._local is None:
             self._local = Local(cast(fx.GraphModule, self._model), self._sample)
-        self.forwards += len(proposal)
+        self.forwards += len(change.key)
         with torch.no_grad():
-            logits = self._local.logits(change, proposal, base)
+            logits = self._local.logits(change, proposals)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:

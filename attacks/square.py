@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.base import ATTACKS
-from robench.attacks.local import Change
+from robench.attacks.local import Change, Rows, windows_of
 from robench.attacks.network import Network
 from robench.attacks.noise import quick_uniform, words
 from robench.attacks.objectives import cw_margin
@@ -98,74 +99,74 @@ class Square(OneStage):
                 "seed": (high << 32) | low, "taken": torch.zeros_like(units.step)}
 
     def step(self, net: Network, units: Units) -> Step:
-        state, asked, room = units.state, units, net.batch // len(units)
+        state, room = units.state, net.batch // len(units)
+        owner: Rows = slice(None)
+        first: Rows = slice(None)
+        query = last = units.step
         if room > 1:
-            asked, owner, last = self._ahead(units, room)
-        proposal, margin = self._looks(net, asked)
-        if room > 1:
+            owner, query, last = self._ahead(units, room)
+        images, logits = self._looks(net, units, owner, query)
+        margin = cw_margin(logits, units.y[owner])
+        if isinstance(owner, Tensor):
             # What is no number is no correct answer: the pool has to see it.
-            ends = ~(margin <= asked.state["margin"])
-            rows = torch.arange(len(owner), device=owner.device)
+            ends = ~(margin <= state["margin"][owner])
+            rows = torch.arange(len(query), device=query.device)
             first = last.scatter_reduce(0, owner, rows.where(ends, len(rows)), "amin")
-            proposal, margin = proposal[first], margin[first]
-            asked.step = asked.step[first]
-        better = margin > state["margin"]
+            margin, query = margin[first], query[first]
+        proposal, better = images(first), margin > state["margin"]
         # lerp with weights 0 and 1 copies exactly and is faster than where.
         accept = per_image(better).to(proposal.dtype)
         state["x_adv"] = torch.lerp(state["x_adv"], proposal, accept)
-        state["taken"] = torch.where(better, asked.step + 1, state["taken"])
+        state["taken"] = torch.where(better, query + 1, state["taken"])
         state["margin"] = torch.where(better, margin, state["margin"])
-        return Step(proposal, margin, asked.step + 1 - units.step)
+        return Step(proposal, margin, query + 1 - units.step)
 
-    def _ahead(self, units: Units, room: int) -> tuple[Units, Tensor, Tensor]:
-        """Up to `room` queries of each unit, as units of their own, one unit's after another's;
-        (M,) whose they are, (N,) the last one of each."""
+    def _ahead(self, units: Units, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to `room` queries of each unit, one unit's after another's: (M,) whose they are,
+        (M,) their numbers, (N,) the last one of each unit."""
         idle = units.step - units.state["taken"]
         count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
         # The slowest catch up: squares of one size are looked at together (`Local`).
         count = count.minimum(units.step.min() + 2 * room - units.step).clamp_min(1)
         owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
-        asked = units.take(owner)
-        asked.step += torch.arange(len(owner), device=owner.device) - (end - count)[owner]
-        return asked, owner, end - 1
+        rows = torch.arange(len(owner), device=owner.device)
+        return owner, (units.step - end + count)[owner] + rows, end - 1
 
-    def _looks(self, net: Network, units: Units) -> tuple[Tensor, Tensor]:
-        """The proposals of the units, and their margins (N,)."""
+    def _looks(
+        self, net: Network, units: Units, owner: Rows, query: Tensor
+    ) -> tuple[Callable[[Rows], Tensor], Tensor]:
+        """The proposals of these queries (M,) of the units `owner`, and their logits."""
         state = units.state
         if self.threat.norm != "Linf":
-            proposal = self._windows(units)
-            logits = net.logits(proposal)
-        else:
-            proposal, *square = self._square(units)
+            proposal = self._windows(units.take(owner) if isinstance(owner, Tensor) else units,
+                                     query)
+            return proposal.__getitem__, net.logits(proposal)
+        seed = state["seed"][owner]
+        squares = self._squares(units, owner, query, seed)
+        change = Change(
             # Copies of an image with different labels go different ways.
-            change = Change(state["seed"] + units.y, state["taken"], units.step + 1, *square)
-            logits = net.near(change, proposal, state["x_adv"])
-        return proposal, cw_margin(logits, units.y)
+            seed + units.y[owner], state["taken"][owner], query + 1, *squares.place)
+        return squares.images, net.near(change, squares)
 
     # Linf
 
     def _stripes(self, units: Units) -> Tensor:
         _, c, _, w = units.x.shape
-        return self._edge(units.x, units.noise(0).uniform(c, 1, w))
+        return self._edge(units.x, _signs(units.noise(0).uniform(c, 1, w), units.x))
 
-    def _square(self, units: Units) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best image with one square at the edge of the ball, and its top, left and side.
-
-        The paper adds +-2 eps and projects: from anywhere in the ball that ends at its edge.
-        """
+    def _squares(self, units: Units, owner: Rows, query: Tensor, seed: Tensor) -> _Squares:
+        """The paper adds +-2 eps and projects: from anywhere in the ball that ends at its edge."""
         x = units.x
         _, c, h, w = x.shape
-        draw = quick_uniform(units.state["seed"], units.step, 2 + c)
+        draw = quick_uniform(seed, query, 2 + c)
         plan = _plan(self, h, w, x.dtype, x.device)
-        places = plan.places(units.step, draw[:, :1], draw[:, 1:2])
-        square = plan.windows(units.step, 0, places)
-        edge = self._edge(x, draw[:, 2:, None, None])
-        top, left, side = (number[:, 0] for number in places)
-        return torch.lerp(units.state["x_adv"], edge, square), top, left, side
+        places = plan.places(query, draw[:, :1], draw[:, 1:2])
+        sign = _signs(draw[:, 2:, None, None], x)
+        return _Squares(x, units.state["x_adv"], owner, query, places, sign, plan, self._edge)
 
-    def _edge(self, x: Tensor, draw: Tensor) -> Tensor:
-        edge = torch.add(x, _signs(draw, x), alpha=self.threat.eps)
+    def _edge(self, x: Tensor, sign: Tensor) -> Tensor:
+        edge = torch.add(x, sign, alpha=self.threat.eps)
         return edge.clamp_(self.threat.low, self.threat.high)
 
     # L2 and L1
@@ -183,26 +184,26 @@ class Square(OneStage):
         grid = F.pad(grid, (left, w - across * side - left, top, h - down * side - top))
         return self._inside(x, grid, self.threat.eps)
 
-    def _windows(self, units: Units) -> Tensor:
+    def _windows(self, units: Units, query: Tensor) -> Tensor:
         """The best image with one window emptied and a pattern laid into another.
 
         Algorithm 3 of the paper; in L1 with AutoAttack's sums, which the projection cuts back.
         """
         x, norm = units.x, self.threat.norm
         _, c, h, w = x.shape
-        draw = quick_uniform(units.state["seed"], units.step, 5 + c)
+        draw = quick_uniform(units.state["seed"], query, 5 + c)
         plan = _plan(self, h, w, x.dtype, x.device)
-        top, left, side = plan.places(units.step, draw[:, :2], draw[:, 2:4])
-        squares = plan.windows(units.step, 0, (top, left, side))
+        top, left, side = plan.places(query, draw[:, :2], draw[:, 2:4])
+        squares = plan.windows(query, 0, (top, left, side))
         laid, emptied = squares[:, :1], squares[:, 1:]
         kind = 1 + (draw[:, 4:5] < 0.5).long()
-        eta = plan.windows(units.step, kind, (top[:, :1], left[:, :1], side))
+        eta = plan.windows(query, kind, (top[:, :1], left[:, :1], side))
 
         delta = units.state["x_adv"] - x
         old, freed = delta * laid, delta * torch.maximum(laid, emptied)
         length = _whole(delta, norm)
         # The first step looks at the start: its windows are empty, and its length stays.
-        wanted = torch.where(units.step[:, None, None, None] > 0, self.threat.eps, length)
+        wanted = torch.where(query[:, None, None, None] > 0, self.threat.eps, length)
         order = ORDER[norm]
         spare = (wanted**order - length**order).clamp_min(0) / c
         goal = (spare + _lengths(freed, norm) ** order) ** (1 / order)
@@ -221,6 +222,50 @@ class Square(OneStage):
             return self.threat.project(x + delta, x)
         stretch = wanted / (_whole(delta, self.threat.norm) + _TINY)
         return torch.addcmul(x, delta, stretch).clamp_(self.threat.low, self.threat.high)
+
+
+@dataclass(frozen=True, slots=True)
+class _Squares:
+    """Queries (M,): the best image of a unit with one square at the edge of the ball.
+
+    Attributes:
+        x, best: (N, C, H, W) of the units; owner: whose a query is, of all in turn: slice(None).
+        places: (M, 1) top, left and side. sign: (M, C, 1, 1).
+        edge: from images and signs to pixels at the edge.
+    """
+
+    x: Tensor
+    best: Tensor
+    owner: Rows
+    query: Tensor
+    places: tuple[Tensor, Tensor, Tensor]
+    sign: Tensor
+    plan: _Plan
+    edge: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def place(self) -> tuple[Tensor, ...]:
+        return tuple(number[:, 0] for number in self.places)
+
+    def images(self, rows: Rows) -> Tensor:
+        top, left, side = self.places
+        square = self.plan.windows(self.query[rows], 0, (top[rows], left[rows], side[rows]))
+        edge = self.edge(self.x[self._of(rows)], self.sign[rows])
+        return torch.lerp(self.known(rows), edge, square)
+
+    def known(self, rows: Rows) -> Tensor:
+        return self.best[self._of(rows)]
+
+    def squares(self, rows: Rows, size: int) -> Tensor:
+        top, left, _ = self.place
+        owner = self._of(rows)
+        if isinstance(owner, slice):
+            owner = torch.arange(len(self.x))[owner]
+        return self.edge(windows_of(self.x, size, size)[owner, top[rows], left[rows]],
+                         self.sign[rows])
+
+    def _of(self, rows: Rows) -> Rows:
+        return rows if isinstance(self.owner, slice) else self.owner[rows]
 
 
 def _signs(draw: Tensor, like: Tensor) -> Tensor:

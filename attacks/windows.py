@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from robench.attacks.fused import Fused
+from robench.attacks.spans import Span, Window
 
 # Used where the estimated work is at most this share of the whole network's. Work is counted in
 # float32 multiplications: those of the layers, and what it costs to move a value and, per batch
@@ -31,65 +32,6 @@ _MODULES = {
     nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU,
     nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Softplus, nn.Tanh,
 }
-
-
-# Where a change reaches
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """An interval of rows (or columns) for every place 0, 1, ... of the square in the image.
-
-    Attributes:
-        start: its first row at each place. size: its length, the same everywhere.
-    """
-
-    start: tuple[int, ...]
-    size: int
-
-    @staticmethod
-    def cover(low: Iterable[int], high: Iterable[int], length: int) -> Span:
-        """Intervals of one size inside [0, length) that cover what of [low, high) is in there."""
-        parts = [(max(a, 0), min(b, length)) for a, b in zip(low, high, strict=True)]
-        size = max(1, max(b - a for a, b in parts))
-        return Span(tuple(min(a, length - size) for a, _ in parts), size)
-
-    @staticmethod
-    def hull(spans: Sequence[Span], length: int) -> Span:
-        low = [min(starts) for starts in zip(*(span.start for span in spans), strict=True)]
-        stops = zip(*(span.stop for span in spans), strict=True)
-        return Span.cover(low, [max(stop) for stop in stops], length)
-
-    @property
-    def stop(self) -> tuple[int, ...]:
-        return tuple(start + self.size for start in self.start)
-
-    def reached(self, conv: nn.Conv2d, axis: int, length: int) -> Span:
-        """The outputs of a convolution, `length` in all, that read any of these inputs."""
-        reach, stride, padding = _geometry(conv, axis)
-        # The second number: what the first of these outputs read begins no later than these.
-        low = (min(-((reach - a - padding) // stride), (a + padding) // stride)
-               for a in self.start)
-        high = ((b - 1 + padding) // stride + 1 for b in self.stop)
-        return Span.cover(low, high, length)
-
-    def read(self, conv: nn.Conv2d, axis: int) -> Span:
-        """The inputs that these outputs of a convolution read, padding among them.
-
-        And the stride - 1 behind them, which no output may read: all that changed is among them.
-        """
-        reach, stride, padding = _geometry(conv, axis)
-        return Span(tuple(a * stride - padding for a in self.start), self.size * stride + reach)
-
-
-Window = tuple[Span, Span]  # rows, columns
-Place = tuple[Tensor, Tensor]  # (N,) first rows, (N,) first columns
-
-
-def _geometry(conv: nn.Conv2d, axis: int) -> tuple[int, int, int]:
-    """(reach of the kernel, stride, padding)."""
-    reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis]
-    return reach, conv.stride[axis], int(conv.padding[axis])
 
 
 # The plan for one size of squares
@@ -111,18 +53,50 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """The way of windows out of maps, or into them. Maps are dense channels_last.
+
+    Attributes:
+        number: of the windows' first pixels among `Plan.starts`.
+        height, width: of the windows. down: (height,) pixels from the first line to each line.
+    """
+
+    number: int
+    height: int
+    width: int
+    down: Tensor
+
+    def cut(self, maps: Tensor, starts: Sequence[Tensor]) -> Tensor:
+        """(M, C, height, width) out of the maps."""
+        rows = self._rows(starts[self.number])
+        lines = self._lines(maps).index_select(0, rows)
+        return lines.view(-1, self.height, self.width, maps.shape[1]).permute(0, 3, 1, 2)
+
+    def put(self, maps: Tensor, values: Tensor, start: Tensor) -> None:
+        """Write (M, C, height, width) into the maps, at pixels (M,)."""
+        lines = values.permute(0, 2, 3, 1).reshape(-1, self.width * maps.shape[1])
+        self._lines(maps).index_copy_(0, self._rows(start), lines)
+
+    def _rows(self, start: Tensor) -> Tensor:
+        return (start[:, None] + self.down).flatten()
+
+    def _lines(self, maps: Tensor) -> Tensor:
+        """A view: what `width` pixels hold, from each pixel on."""
+        n, c, h, w = maps.shape
+        return maps.as_strided((n * h * w - self.width + 1, self.width * c), (c, 1))
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """An input of a layer: the new window itself, or with what is known around it.
 
     Attributes:
-        size: height and width of the part; None: the window alone.
-        cut, put: numbers of places, of the part in the known map and of the window in the part.
+        around: None: the window alone. Else the way of the part out of the known map, and that of
+            the window into the part.
     """
 
     source: fx.Node
-    size: tuple[int, int] | None = None
-    cut: int = -1
-    put: int = -1
+    around: tuple[Move, Move] | None = None
 
 
 class Plan:
@@ -132,7 +106,10 @@ class Plan:
         layers: the local ones, in order; the first is the image itself.
         frontier: those whose whole maps the tail reads.
         kept: those whose whole maps must be known.
-        steps: (layer, its function, its inputs), in order. place: number of each window's place.
+        steps: (layer, its function, its inputs), in order.
+        whole: of each layer of the frontier its whole map out of the known one, and the window
+            into that. take: the way of the windows of `kept` into the known maps; their starts
+            are those in the first map.
         fill: the network from images to the maps of `kept`. tail: from `frontier` to logits.
         work: what an image costs; calls: operations on windows in a batch.
     """
@@ -150,11 +127,12 @@ class Plan:
         beyond = {source for layer in self.layers.values() for source, window in layer.reads
                   if window != self.layers[source].window}
         self.kept = [node for node in self.layers if node in beyond or node in self.frontier]
-        self._starts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self.place = {node: self._placed(layer.window) for node, layer in self.layers.items()}
+        self._starts: list[tuple[list[int], list[int], int, int]] = []
         self.steps = [(node, layer.run, [self._read(*read) for read in layer.reads])
                       for node, layer in self.layers.items() if layer.reads]
-        self._tables = [torch.tensor(starts) for starts in zip(*self._starts, strict=True)]
+        self.whole = {node: self._whole(node) for node in self.frontier}
+        self.take = {node: self._move(_shifted(self.layers[node].window, self._margin(node)),
+                                      self._padded(node)) for node in self.kept}
         self.work = tail_work(model, self.layers) + sum(
             math.prod(shape_of(node)) * 2 * _MOVED for node in self.frontier)
         self.calls = 0
@@ -177,27 +155,60 @@ class Plan:
         """Work for a batch of that many units."""
         return units * self.work + self.calls * _CALLED * torch.get_num_threads()
 
-    def places(self, top: Tensor, left: Tensor) -> list[Place]:
-        """Where all windows lie, for squares at (N,)."""
-        rows, columns = (table[:, at] for table, at in zip(self._tables, (top, left), strict=True))
-        return list(zip(rows.unbind(), columns.unbind(), strict=True))
+    def starts(self, top: Tensor, left: Tensor, places: Tensor) -> Sequence[Tensor]:
+        """The first pixels (M,) of all windows, for squares at (M,) whose known maps are in these
+        places."""
+        rows, columns, place, row = self._tables
+        starts = rows.index_select(1, top) + columns.index_select(1, left)
+        starts += place[:, None] * places
+        starts += row[:, None] * torch.arange(len(top))
+        return starts.unbind()
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(numbers) for numbers in zip(*self._starts, strict=True))
 
     def _read(self, source: fx.Node, window: Window) -> Read:
         own = self.layers[source].window
         if window == own:
             return Read(source)
-        margin = margin_of(self._model, source)
-        cut = self._placed(tuple(Span(tuple(a + margin for a in span.start), span.size)
-                                 for span in window))
-        put = self._placed(tuple(
-            Span(tuple(b - a for a, b in zip(outer.start, inner.start, strict=True)), 0)
-            for outer, inner in zip(window, own, strict=True)))
-        return Read(source, (window[0].size, window[1].size), cut, put)
+        return Read(source, self._around(source, window))
 
-    def _placed(self, window: Sequence[Span]) -> int:
+    def _whole(self, node: fx.Node) -> tuple[Move, Move]:
+        rows, columns = (Span((0,) * len(span.start), length) for span, length in zip(
+            self.layers[node].window, shape_of(node)[2:], strict=True))
+        return self._around(node, (rows, columns))
+
+    def _around(self, source: fx.Node, window: Window) -> tuple[Move, Move]:
+        """(a part out of the known map, the source's own window into that part)."""
+        rows, columns = (Span(tuple(b - a for a, b in zip(outer.start, inner.start, strict=True)),
+                              inner.size)
+                         for outer, inner in zip(window, self.layers[source].window, strict=True))
+        height, width = self._padded(source)
+        part = window[0].size, window[1].size
+        return (self._move(_shifted(window, self._margin(source)), (height, width),
+                           place=height * width),
+                self._move((rows, columns), part, row=part[0] * part[1]))
+
+    def _move(self, window: Window, size: tuple[int, int], place: int = 0, row: int = 0) -> Move:
+        """Of windows in maps of this size; so many pixels lie between two places or rows."""
         rows, columns = window
-        self._starts.append((rows.start, columns.start))
-        return len(self._starts) - 1
+        width = size[1]
+        self._starts.append(([a * width for a in rows.start], list(columns.start), place, row))
+        return Move(len(self._starts) - 1, rows.size, columns.size,
+                    torch.arange(rows.size) * width)
+
+    def _margin(self, node: fx.Node) -> int:
+        return margin_of(self._model, node)
+
+    def _padded(self, node: fx.Node) -> tuple[int, int]:
+        h, w = shape_of(node)[2:]
+        return h + 2 * self._margin(node), w + 2 * self._margin(node)
+
+
+def _shifted(window: Window, by: int) -> Window:
+    rows, columns = (Span(tuple(a + by for a in span.start), span.size) for span in window)
+    return rows, columns
 
 
 def _layer(

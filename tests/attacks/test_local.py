@@ -1,5 +1,7 @@
 """Logits of images near known ones: those of the whole network, whatever comes in."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,12 @@ from torch import fx, nn
 
 from robench.attacks import ThreatModel
 from robench.attacks import local as local_module
-from robench.attacks.local import Change, Local
+from robench.attacks.local import Change, Local, windows_of
 from robench.attacks.network import Network
 from robench.attacks.pool import Images, new_units
+from robench.attacks.spans import Span
 from robench.attacks.square import Square
-from robench.attacks.windows import Plan, Span
+from robench.attacks.windows import Plan
 from robench.benchmark.models import build_model
 
 
@@ -75,6 +78,26 @@ def proposals(base, sizes):
 
 
 
+@dataclass
+class Known:
+    """Proposals of which everything is known."""
+
+    proposal: torch.Tensor
+    base: torch.Tensor
+    top: torch.Tensor
+    left: torch.Tensor
+
+    def images(self, rows):
+        return self.proposal[rows]
+
+    def known(self, rows):
+        return self.base[rows]
+
+    def squares(self, rows, size):
+        return windows_of(self.proposal[rows], size, size)[
+            torch.arange(len(self.top[rows])), self.top[rows], self.left[rows]]
+
+
 @pytest.fixture
 def always(monkeypatch):
     """Local wherever it can be, even where it does not pay."""
@@ -105,7 +128,7 @@ def walk(net, shape, calls, units=6, most=None):
         proposal, top, left = proposals(base[rows], sizes[rows])
         after = 100 * call + torch.arange(len(rows)) + 1
         yield (local.logits(change(rows * 7, version[rows], top, left, sizes[rows], after),
-                            proposal, base[rows]), net(proposal))
+                            Known(proposal, base[rows], top, left)), net(proposal))
         taken = torch.rand(len(rows)) < 0.4  # of two of one image the last
         base, version = base.clone(), version.clone()
         for row in taken.nonzero().flatten():
@@ -142,7 +165,8 @@ def test_networks_of_the_benchmark(name, always):
     sizes, version = torch.full((8,), 3), torch.zeros(8, dtype=torch.int64)
     for _ in range(3):
         proposal, top, left = proposals(x, sizes)
-        got = network.near(change(torch.arange(8), version, top, left, sizes), proposal, x)
+        got = network.near(change(torch.arange(8), version, top, left, sizes),
+                           Known(proposal, x, top, left))
         torch.testing.assert_close(got, network.logits(proposal), rtol=1e-4, atol=1e-5)
         x[::2] = proposal[::2]
         version[::2] += 1
@@ -158,7 +182,8 @@ def test_a_name_twice_and_units_in_another_order_are_seen(always):
         keys = torch.tensor(names)
         proposal, top, left = proposals(images[keys], sizes)
         version = torch.zeros(4, dtype=torch.int64)
-        got = local.logits(change(keys, version, top, left, sizes), proposal, images[keys])
+        got = local.logits(change(keys, version, top, left, sizes),
+                           Known(proposal, images[keys], top, left))
         torch.testing.assert_close(got, net(proposal))
 
 
@@ -174,7 +199,8 @@ def test_only_the_windows_are_computed(always, monkeypatch):
         filled.append(len(slots)), fill(self, plan, slots, base)))
     for _ in range(6):
         proposal, top, left = proposals(base, sizes)
-        local.logits(change(torch.arange(3), version, top, left, sizes), proposal, base)
+        local.logits(change(torch.arange(3), version, top, left, sizes),
+                     Known(proposal, base, top, left))
         taken = torch.rand(3) < 0.5
         base, version = torch.where(taken[:, None, None, None], proposal, base), version + taken
     assert filled == [3]
@@ -250,7 +276,8 @@ def test_square_decides_as_with_the_whole_network(always):
     for plain in (False, True):
         network = Network(net, "exact", x[:4])
         if plain:
-            network.near = lambda change, x, base, network=network: network.logits(x)
+            network.near = lambda change, proposals, network=network: network.logits(
+                proposals.images(slice(None)))
         images = Images(x, y, torch.ones(24, 9, dtype=torch.int64), torch.arange(24))
         attack = Square(ThreatModel("Linf", 0.05))
         units = new_units(attack, images, [(i, 0) for i in range(24)], 0)

@@ -37,8 +37,14 @@ class Net:
         self.seen.append(x.clone())
         return self.function(x)
 
-    def near(self, change, x, known):
+    def near(self, change, proposals):
+        everything = slice(None)
+        x, known = proposals.images(everything), proposals.known(everything)
         for row, (r, c, s) in enumerate(zip(change.top, change.left, change.size, strict=True)):
+            some, size = torch.tensor([row]), int(s)
+            assert (proposals.images(some)[0] == x[row]).all()
+            assert (proposals.known(some)[0] == known[row]).all()
+            assert (proposals.squares(some, size)[0] == x[row, :, r : r + s, c : c + s]).all()
             changed = (x[row] != known[row]).any(0)
             changed[r : r + s, c : c + s] = False
             assert not changed.any()
@@ -273,7 +279,7 @@ def test_copies_of_an_image_with_other_labels_do_not_share_what_is_known():
     class Names:
         batch = 1
 
-        def near(self, change, *images):
+        def near(self, change, proposals):
             names.append(change.key)
             return torch.zeros(2, 3)
 
