@@ -92,8 +92,8 @@ def mcnemar(lost: npt.ArrayLike, gained: npt.ArrayLike) -> Floats:
 
     Between whole numbers it is the regularized incomplete beta function, which is the same there.
     """
-    lost, gained = np.broadcast_arrays(np.asarray(lost, float), np.asarray(gained, float))
-    return np.where(lost > 0, betainc(np.maximum(lost, 1e-300), gained + 1, 0.5), 1.0)
+    b, c = np.asarray(lost, float), np.asarray(gained, float)
+    return np.where(b > 0, betainc(np.maximum(b, 1e-300), c + 1, 0.5), 1.0)
 
 
 def tango(
@@ -104,14 +104,14 @@ def tango(
     Tango, Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design, Statistics in Medicine 17, 1998. Element by element, by bisection.
     """
-    lost, gained = np.broadcast_arrays(np.asarray(lost, float), np.asarray(gained, float))
-    return -_score_bound(gained, lost, n, alpha), _score_bound(lost, gained, n, alpha)
+    b, c = np.asarray(lost, float), np.asarray(gained, float)
+    return -_score_bound(c, b, n, alpha), _score_bound(b, c, n, alpha)
 
 
 def _score_bound(lost: Floats, gained: Floats, n: int, alpha: float) -> Floats:
     """The largest difference that the score test does not reject."""
     z = float(ndtri(1 - alpha))
-    low, high = (lost - gained) / n, np.ones(lost.shape)
+    low, high = (lost - gained) / n, np.ones((lost - gained).shape)
     for _ in range(60):  # halves the distance to below the precision of a float
         delta = (low + high) / 2
         # The share of `gained` that is most likely, given that the difference is delta.
@@ -141,11 +141,11 @@ def pooled_z(
     baseline: npt.ArrayLike, n_baseline: int, current: npt.ArrayLike, n_current: int
 ) -> Floats:
     """One-sided p-value that a share did not fall, with Yates' correction, element by element."""
-    baseline, current = np.asarray(baseline, float), np.asarray(current, float)
-    share = (n_baseline * baseline + n_current * current) / (n_baseline + n_current)
+    before, after = np.asarray(baseline, float), np.asarray(current, float)
+    share = (n_baseline * before + n_current * after) / (n_baseline + n_current)
     inverse = 1 / n_baseline + 1 / n_current
     spread = np.sqrt(np.maximum(share * (1 - share) * inverse, 1e-300))
-    return np.asarray(ndtr((inverse / 2 - (baseline - current)) / spread))
+    return np.asarray(ndtr((inverse / 2 - (before - after)) / spread))
 
 
 def over_seeds(baseline: Sequence[float], current: Sequence[float], alpha: float) -> Drop | None:

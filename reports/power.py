@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import bdtr, bdtrc, gammaln, ndtri, xlog1py, xlogy
 
-from robench.reports.drop import mcnemar, pooled_z, regressed
+from robench.reports.drop import Flags, Floats, mcnemar, pooled_z, regressed
 from robench.reports.text import NOTHING, Cell, Column, table
 
 Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 POWER = 0.8
 MOST = 1_000_000  # images; more is as good as never
 TAILS = 7  # standard deviations that are summed over; what lies beyond is below 1e-11
@@ -125,11 +124,11 @@ def _probability(counts: Integers, n: int, share: float) -> Floats:
     return np.exp(choose + xlogy(counts, share) + xlog1py(n - counts, -share))
 
 
-def _first(low: Integers, high: Integers, holds: Callable[[Integers], Floats]) -> Integers:
+def _first(low: Integers, high: Integers, holds: Callable[[Integers], Flags]) -> Integers:
     """The smallest integer in [low, high) from which on a monotone condition holds, or high."""
     while bool((low < high).any()):
         middle = (low + high) // 2
-        found = np.asarray(holds(np.minimum(middle, high - 1)), dtype=bool)
+        found = holds(np.minimum(middle, high - 1))
         low, high = np.where(found, low, np.minimum(middle + 1, high)), np.where(
             found, middle, high)
     return low

@@ -119,7 +119,7 @@ def outcome_junit(outcome: Outcome, *, allow_inconclusive: bool = False) -> str:
         else:
             ElementTree.SubElement(case, "system-out").text = "\n".join([one.verdict, *said])
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def outcome_json(outcome: Outcome) -> str:

@@ -154,7 +154,7 @@ def commands(group=cli.cli, path=()):
             yield (*path, name)
 
 
-@pytest.mark.parametrize("path", commands(), ids=" ".join)
+@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
 def test_every_command_keeps_the_contract(robench, path, monkeypatch):
     assert robench(*path, "--help").code == 0
     wrong = robench(*path, "--no-such-option")
