@@ -8,26 +8,27 @@ import click
 
 from robench import __version__
 from robench.benchmark.commands.attack import evaluate, parity, verify
+from robench.benchmark.commands.check import baseline, check
 from robench.benchmark.commands.landscape import landscape
 from robench.benchmark.commands.report import doctor, list_, report
 from robench.benchmark.commands.speed import speed
 from robench.benchmark.commands.train import run
-from robench.errors import RobenchError
+from robench.errors import EXIT_CODES, RobenchError
 
 INTERRUPTED = 130
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 5 out of time with a partial result, "
-    "130 interrupted (run it again to go on).",
+    epilog=f"Exit codes: {', '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}.",
 )
 @click.version_option(__version__, prog_name="robench")
 def cli() -> None:
     """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
 
 
-for _command in (run, evaluate, parity, verify, speed, landscape, report, list_, doctor):
+for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, report, list_,
+                 doctor):
     cli.add_command(_command)
 
 

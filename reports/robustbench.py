@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robench.errors import UsageError
-from robench.options import parse_number
+from robench.options import first_error, parse_number
 from robench.reports.grouping import Row, rows
 from robench.reports.published import Percent, Published, place
 from robench.reports.record import Record
@@ -68,9 +68,7 @@ def read(path: Path) -> Published:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        reason = " ".join(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".split())
-        raise UsageError(f"{path}: not a RobustBench model file: {reason}") from None
+        raise UsageError(f"{path}: not a RobustBench model file: {first_error(error)}") from None
     except UsageError as error:
         raise UsageError(f"{path}: not a RobustBench model file: eps: {error}") from None
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from robench.errors import UsageError
 from robench.files import write_atomic
+from robench.options import first_error
 from robench.reports import robustbench
 from robench.reports.published import Published
 from robench.reports.record import Epoch, Landscape, Record, Transfer
@@ -125,9 +126,7 @@ def _read(path: Path, kind: type[Line]) -> list[Line]:
         try:
             rows.append(kind.model_validate_json(line))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            reason = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+            reason = first_error(error)
             raise UsageError(f"{path}:{number}: not a {kind.__name__}: {reason}") from None
     return rows
 

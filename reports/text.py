@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NOTHING = "–"
@@ -122,11 +122,22 @@ def accuracy(
 def markdown(board: Board) -> str:
     """A heading, the facts, the table and the remarks, in GitHub's Markdown."""
     facts = [f"- {_escape(fact)}" for fact in board.facts]
-    columns = [_aligned(column, column.title == board.lead) for column in board.columns]
-    lines = ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+    lines = table(board.columns, board.lead)
     remarks = [f"- {_escape(remark)}" for remark in board.remarks]
     blocks = [[f"## {_escape(board.title)}"], facts, lines, remarks]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def table(columns: Sequence[Column], lead: str | None = None) -> list[str]:
+    """The lines of a table in GitHub's Markdown; the column titled `lead` with its details."""
+    parts = [_aligned(column, column.title == lead) for column in columns]
+    return ["| " + " | ".join(line) + " |" for line in zip(*parts, strict=True)]
+
+
+def plain(text: str) -> str:
+    """One line without control characters, which could write anywhere in a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+                   for c in " ".join(text.split()))
 
 
 def _decimals(n: int) -> int:
@@ -135,7 +146,7 @@ def _decimals(n: int) -> int:
 
 def _escape(text: str) -> str:
     """One line in which names mean nothing to Markdown or HTML."""
-    return re.sub(r"([\\`*<>|&~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*<>|&~])", r"\\\1", plain(text))
 
 
 def _aligned(column: Column, with_details: bool) -> list[str]:

@@ -16,6 +16,7 @@ BASE = {"errors", "registry", "randomness", "files", "options"}
 MAY_IMPORT = {  # attacks <- defenses <- benchmark -> reports
     **{f"src/robench/{name}.py": BASE for name in BASE},
     "src/robench/testing.py": BASE | {"attacks", "defenses"},
+    "src/robench/pytest_plugin.py": BASE | {"attacks", "benchmark", "reports"},
     "src/robench/__init__.py": set(PACKAGES),  # on first use: see test_import_is_light
     "src/robench/__main__.py": {"benchmark"},
     "attacks": BASE | {"attacks", ""},  # "" is robench.__version__
@@ -148,7 +149,7 @@ def test_import_is_light(python):
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["eval"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["eval"], ["report"], ["check"]])
 def test_help_is_light(python, command):
     done = python("-X", "importtime", "-m", "robench", *command, "--help")
     assert done.returncode == 0 and done.stdout.startswith("Usage: robench")

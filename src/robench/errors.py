@@ -1,4 +1,17 @@
-"""The ways in which robench fails on purpose. Each prints as one line and sets the exit code."""
+"""The ways in which robench fails on purpose. Each prints as one line and sets the exit code.
+
+The codes are a contract: scripts rely on them, and a code keeps its meaning (docs/exit-codes.md).
+"""
+
+EXIT_CODES = {
+    0: "ok",
+    1: "failure",
+    2: "wrong usage, or not comparable",
+    3: "robustness has regressed",
+    4: "unreliable or inconclusive",
+    5: "out of time with a partial result",
+    130: "interrupted (run it again to go on)",
+}
 
 
 class RobenchError(Exception):
@@ -11,6 +24,18 @@ class UsageError(RobenchError, ValueError):
     """The request itself is wrong (exit code 2): nothing was started, nothing written."""
 
     exit_code = 2
+
+
+class Regression(RobenchError):
+    """Robust accuracy is lower than it was (exit code 3)."""
+
+    exit_code = 3
+
+
+class Unreliable(RobenchError):
+    """What was measured carries no verdict: unreliable or inconclusive (exit code 4)."""
+
+    exit_code = 4
 
 
 class Partial(RobenchError):

@@ -53,3 +53,10 @@ def checked(
             raise UsageError(f"{kind} {name!r}, option {option}: {reason}, not {value!r}"
                              ) from None
     return result
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong, and where, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
