@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ from robench.reports.overlap import overlap_table
 from robench.reports.overlap_figures import draw_overlaps
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
-from robench.reports.text import Board, Cell, Column, markdown
+from robench.reports.text import NOTHING, Board, Cell, Column, markdown
 from robench.reports.trace import Trace, record_id
 from robench.reports.tradeoff import tradeoff_table
 
@@ -70,7 +71,9 @@ class Analysis:
 
 def _board(analysis: Analysis, frame: pd.DataFrame) -> Board:
     """A frame as it is, numbers in four digits."""
-    def cell(value: object) -> Cell:
+    def cell(value: Any) -> Cell:
+        if pd.isna(value):
+            return Cell(NOTHING)
         return Cell(f"{value:.4g}" if isinstance(value, float) else str(value))
 
     return Board(analysis.title, tuple(

@@ -36,13 +36,9 @@ class Setting(NamedTuple):
     options: str  # of the attack, as JSON
     images: str
 
-    @property
-    def title(self) -> str:
-        return f"{self.dataset} {self.split}, {self.threat}, {self.attack}"
-
 
 def crossing(results: Results) -> pd.DataFrame:
-    """One row for each pair of networks, the mean over seeds, in percent.
+    """One row for each pair of networks, by their names, the mean over seeds, in percent.
 
     `accuracy` is that of the network `evaluated_on` on examples crafted against the network
     `crafted_against`, over all n images, with its standard deviation over seeds and the 95 %
@@ -63,7 +59,8 @@ def crossing(results: Results) -> pd.DataFrame:
                     known = places.get((shown.seed, shown.weights_sha256))
                     pairs.setdefault((net, known or net_of(shown, labels)), []).append((one, shown))
         names = net_names(dict.fromkeys(net for pair in pairs for net in pair))
-        for (source, target), found in pairs.items():
+        for (source, target), found in sorted(
+                pairs.items(), key=lambda pair: [names[net] for net in pair[0]]):
             n = found[0][0].n
             right = estimate([shown.right for _, shown in found], n)
             clean = sum(shown.clean for _, shown in found)
