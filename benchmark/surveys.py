@@ -80,6 +80,7 @@ def write(out: Path, field: str, found: Sequence[S], identity: Callable[[S], obj
     earlier = load([out]) if (out / RECORDS).exists() else Results()
     again = {identity(one) for one in found}
     kept = [one for one in getattr(earlier, field) if identity(one) not in again]
-    results = replace(earlier, **{field: [*kept, *found]})
+    changed: dict[str, Any] = {field: [*kept, *found]}
+    results = replace(earlier, **changed)
     render(results, out)
     return results
