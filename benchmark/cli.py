@@ -10,8 +10,9 @@ from robench import __version__
 from robench.benchmark.commands.attack import evaluate, parity, verify
 from robench.benchmark.commands.check import baseline, check
 from robench.benchmark.commands.landscape import landscape
-from robench.benchmark.commands.report import doctor, list_, report
+from robench.benchmark.commands.report import analyze, doctor, list_, report
 from robench.benchmark.commands.speed import speed
+from robench.benchmark.commands.survey import steps, transfer
 from robench.benchmark.commands.train import run
 from robench.errors import EXIT_CODES, RobenchError
 
@@ -27,8 +28,8 @@ def cli() -> None:
     """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
 
 
-for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, report, list_,
-                 doctor):
+for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, transfer, steps,
+                 report, analyze, list_, doctor):
     cli.add_command(_command)
 
 

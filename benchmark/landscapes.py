@@ -4,77 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import robench
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.cells import selection_of
-from robench.benchmark.checks import check_logits
-from robench.benchmark.data import Images, check_images
 from robench.benchmark.evaluate import BATCH
-from robench.benchmark.kept import alike, kept_landscape
+from robench.benchmark.kept import alike, kept_survey
 from robench.benchmark.landscape import Line, Survey, survey_lines
-from robench.benchmark.matrix import Matrix, Subject
-from robench.benchmark.progress import Reporter
-from robench.benchmark.provenance import environment
-from robench.benchmark.sources import Network, load_network
-from robench.benchmark.spec import CellSpec, RunSpec, digest
+from robench.benchmark.sources import Network
+from robench.benchmark.spec import RunSpec, digest
+from robench.benchmark.surveys import Bench, Split, attack_facts, write
 from robench.files import write_atomic
-from robench.reports import render
 from robench.reports.record import Landscape
-from robench.reports.store import RECORDS, Results, load
+from robench.reports.store import Results
 
 LIMIT = 200
-Split = Literal["test", "train"]
 
 
 def landscapes(
     sources: Sequence[str], spec: RunSpec, survey: Survey, *, split: Split = "test",
     zoo: Path = Path("models"), quiet: bool = True,
 ) -> Results:
-    """Survey networks given as for `eval` and write the reports to `spec.out`.
+    """Survey networks given as for `eval`, or as runs, and write the reports to `spec.out`.
 
     Finished networks are taken as they are; one that was interrupted goes on after its last
     line. Other results in the folder stay. Returns all that the folder holds. Raises like `eval`.
     """
-    # The number of images is this command's own: it may be of training images.
-    matrix = Matrix(spec.model_copy(update={"limit": None}), Reporter(quiet=quiet))
-    given = matrix.dataset.train if split == "train" else matrix.test
-    images = Images(*check_images(given.x, given.y, len(matrix.dataset.classes)))
-    images = images.take(spec.limit or min(LIMIT, len(images)))
-    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
-                for source in dict.fromkeys(sources)]
-    for network in networks:
-        check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)
-    found = [_landscape(network, matrix, survey, images, split) for network in networks]
-    earlier = load([spec.out]) if (spec.out / RECORDS).exists() else Results()
-    again = {_identity(landscape) for landscape in found}
-    kept = [one for one in earlier.landscapes if _identity(one) not in again]
-    results = replace(earlier, landscapes=[*kept, *found])
-    render(results, spec.out)
-    return results
+    bench = Bench.create(sources, spec, LIMIT, split=split, zoo=zoo, quiet=quiet)
+    found = [_landscape(network, bench, survey) for network in bench.networks]
+    return write(spec.out, "landscapes", found, _identity)
 
 
-def _landscape(
-    network: Network, matrix: Matrix, survey: Survey, images: Images, split: Split
-) -> Landscape:
+def _landscape(network: Network, bench: Bench, survey: Survey) -> Landscape:
     """The landscape of one network, computed or taken from an earlier run."""
-    seed, facts = matrix.spec.seeds[0], _facts(network)
-    subject = Subject(network.net, matrix.spec.out / "landscape", network.source, facts,
-                      matrix.probe)
-    how = {**_how(survey, matrix.threat), "data_sha256": images.sha256(), "split": split,
+    matrix, images = bench.matrix, bench.images
+    seed, subject = matrix.spec.seeds[0], bench.subject(network, "landscape")
+    how = {**_how(survey, matrix.threat), "data_sha256": images.sha256(), "split": bench.split,
            "direction_seed": seed, "weights_sha256": subject.weights}
     name = digest({**how, "network": [network.source, network.model],
                    "lines": survey.lines, "robench": robench.__version__})
     path = subject.folder / f"{survey.kind}-{name}.json"
-    landscape = kept_landscape(path, subject.fingerprint)
+    landscape = kept_survey(path, Landscape, subject.fingerprint)
     if landscape is not None:
-        return landscape.model_copy(update=facts)
-    label = f"{network.source}: {survey.kind} landscape on {len(images)} {split} images"
+        return landscape.model_copy(update=subject.facts)
+    label = f"{network.source}: {survey.kind} landscape on {len(images)} {bench.split} images"
     with matrix.reporter.task(label) as update:
         begun = Begun.read(path.with_suffix(".partial"), subject.fingerprint)
         lines, began = list(begun.losses), time.perf_counter() - begun.seconds
@@ -86,12 +62,8 @@ def _landscape(
             begun = Begun(fingerprint=subject.fingerprint, losses=tuple(lines),
                           seconds=time.perf_counter() - began)
             write_atomic(path.with_suffix(".partial"), begun.model_dump_json())
-    facts_of_run = environment(matrix.device)
-    del facts_of_run["peak_bytes"]
-    landscape = Landscape(
-        **facts, **how, **facts_of_run, dataset=matrix.dataset.name, n=len(images),
-        fingerprint=subject.fingerprint, losses=begun.losses, seconds=begun.seconds,
-    )
+    landscape = Landscape(**{**bench.survey(subject), **how}, losses=begun.losses,
+                          seconds=begun.seconds)
     write_atomic(path, landscape.model_dump_json(indent=1) + "\n")
     path.with_suffix(".partial").unlink(missing_ok=True)
     return landscape
@@ -120,42 +92,7 @@ def _how(survey: Survey, threat: ThreatModel) -> dict[str, Any]:
     """The fields of a Landscape that say what was looked at."""
     how: dict[str, Any] = {"kind": survey.kind, "threat": str(threat), "alphas": survey.alphas,
                            "attack": "", "attack_config": {}}
-    if survey.steps:
-        attack = survey.attack(threat)
-        how["attack"] = f"pgd-{attack.steps}"
-        how["attack_config"] = {"steps": attack.steps, "step_size": attack.step_size,
-                                "start": attack.start}
-    return how
-
-
-def _facts(network: Network) -> dict[str, Any]:
-    """What is known about a network; the cell in whose folder it lies says most."""
-    header, cell = network.header, _cell(network)
-    return {
-        "run": cell.key() if cell else "",
-        "seed": header.seed if header else 0,
-        "model": network.model,
-        "source": network.source,
-        "defense": header.defense if header else network.source,
-        "defense_config": cell.config if cell else {},
-        "recipe": header.recipe if header else "",
-        "selection": selection_of(cell.train) if cell
-        else header.selection if header else "unknown",
-        "checkpoint": header.checkpoint if header else "",
-    }
-
-
-def _cell(network: Network) -> CellSpec | None:
-    """What trained a network, from the spec.json beside it."""
-    if network.header is None:
-        return None
-    try:
-        cell = CellSpec.model_validate_json(Path(network.source).with_name("spec.json").read_text())
-    except (OSError, UnicodeDecodeError, ValidationError):
-        return None
-    header = network.header
-    same = (cell.defense, cell.recipe, cell.seed) == (header.defense, header.recipe, header.seed)
-    return cell if same else None
+    return how | (attack_facts(survey.attack(threat)) if survey.steps else {})
 
 
 def _identity(landscape: Landscape) -> tuple[object, ...]:

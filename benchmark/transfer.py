@@ -1,4 +1,8 @@
-"""The Rob_f analysis of PeerAiD: each network on its own examples and on the student's."""
+"""Transfer: networks on examples that were crafted against another.
+
+The Rob_f analysis of PeerAiD asks it of a student, its peer and its teachers, `robench transfer` of
+all networks.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,20 @@ from robench.benchmark.data import Images
 from robench.randomness import seeded
 
 STEPS = 10
+Show = Callable[[float, str], None]  # share done in [0, 1], what to say about it
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of N images, what one network gets right.
+
+    Attributes:
+        clean: the image. right: the example, wrong when clean or not. kept: both.
+    """
+
+    clean: int
+    right: int
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,30 @@ def crafting(threat: ThreatModel) -> Ascent:
     return Ascent(threat, STEPS, threat.eps / 4, "uniform")
 
 
+def transferred(
+    source: nn.Module, nets: Mapping[str, nn.Module], data: Images, threat: ThreatModel, *,
+    seed: int = 0, batch_size: int = 500, show: Show = lambda share, text: None,
+) -> dict[str, Counts]:
+    """How networks fare on examples crafted against `source`, by their names.
+
+    All are in eval mode. The random starts are the same whatever is attacked.
+    """
+    counts = {name: [0, 0, 0] for name in nets}
+    device, ascent = next(source.parameters()).device, crafting(threat)
+    for start in range(0, len(data), batch_size):
+        x = data.x[start : start + batch_size].to(device)
+        x = x.contiguous(memory_format=memory_format(source))
+        y = data.y[start : start + batch_size].to(device)
+        with seeded(seed, "rob_f", start), frozen(source), full_precision():
+            x_adv = ascent.maximize(_loss_on(source, y), x)
+        for name, net in nets.items():
+            clean, right = _right(net, x, y), _right(net, x_adv, y)
+            for place, flags in enumerate((clean, right, clean & right)):
+                counts[name][place] += int(flags.sum())
+        show(min(start + batch_size, len(data)) / len(data), "")
+    return {name: Counts(*row) for name, row in counts.items()}
+
+
 def rob_f(
     nets: Mapping[str, nn.Module],
     data: Images,
@@ -49,29 +91,15 @@ def rob_f(
     seed: int = 0,
     batch_size: int = 500,
 ) -> dict[str, RobF]:
-    """Rob_f(x_f*) and Rob_f(x_S*) for every network f, "student" among them.
+    """Rob_f(x_f*) and Rob_f(x_S*) for every network f, "student" among them."""
+    def on_examples_of(name: str, shown: Mapping[str, nn.Module]) -> dict[str, Counts]:
+        return transferred(nets[name], shown, data, threat, seed=seed, batch_size=batch_size)
 
-    All networks are in eval mode. Every network is attacked from the same random starts.
-    """
-    counts = {name: [0, 0, 0, 0] for name in nets}
-    device = next(nets["student"].parameters()).device
-    ascent = crafting(threat)
-    for start in range(0, len(data), batch_size):
-        x = data.x[start : start + batch_size].to(device)
-        x = x.contiguous(memory_format=memory_format(nets["student"]))
-        y = data.y[start : start + batch_size].to(device)
-        crafted = {}
-        for name, net in nets.items():
-            with seeded(seed, "rob_f", start), frozen(net), full_precision():
-                crafted[name] = ascent.maximize(_loss_on(net, y), x)
-        student_right = _right(nets["student"], crafted["student"], y)
-        for name, net in nets.items():
-            row = counts[name]
-            row[0] += _right(net, x, y)
-            row[1] += _right(net, crafted[name], y)
-            row[2] += _right(net, crafted["student"], y)
-            row[3] += student_right
-    return {name: RobF(*row) for name, row in counts.items()}
+    of_student = on_examples_of("student", nets)
+    own = {name: of_student[name] if name == "student" else on_examples_of(name, {name: net})[name]
+           for name, net in nets.items()}
+    return {name: RobF(own[name].clean, own[name].right, of_student[name].right,
+                       of_student["student"].right) for name in nets}
 
 
 def _loss_on(net: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -79,6 +107,8 @@ def _loss_on(net: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _right(net: nn.Module, x: Tensor, y: Tensor) -> int:
+def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(N,) bool."""
     with frozen(net), full_precision():
-        return int((net(x).argmax(1) == y).sum())
+        right: Tensor = net(x).argmax(1) == y
+    return right

@@ -20,7 +20,6 @@ ASKED = {"robustbench"}  # formats that are written only when they are named
 
 def _builtin() -> None:
     importlib.import_module("robench.reports.writers")
-    importlib.import_module("robench.reports.landscape")
 
 
 REPORTS: Registry[Report] = Registry("report", "robench.reports", _builtin)

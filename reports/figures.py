@@ -1,4 +1,4 @@
-"""The figures. Each function draws one; `gallery` decides which to draw."""
+"""The figures. Each function draws one; `drawings` and `curves` decide which to draw."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from robench.reports.style import (
     shorten,
 )
 from robench.reports.text import TITLES
-from robench.reports.uncertainty import Estimate, estimate
+from robench.reports.uncertainty import estimate
 
-Curve = Sequence[tuple[float, Estimate]]  # (eps, accuracy)
 _LINES = ("-", "--", ":", "-.")  # for lines of one label, which have one color
 
 
@@ -100,25 +99,31 @@ def cost_vs_robust(
 
 
 @house_style()
-def accuracy_over_eps(
-    curves: Mapping[str, tuple[str, Curve]], title: str, xlabel: str, look: Mapping[str, Look]
+def accuracy_curves(
+    panel: pd.DataFrame, title: str, xlabel: str, look: Mapping[str, Look], growing: bool = False
 ) -> Figure:
-    """Accuracy against the attack's budget; bands are 95 % intervals.
+    """Accuracy against `x`; bands are 95 % intervals.
 
-    `curves` maps the name of each line to the label that gives its look, and its points.
+    `panel` is rows of `curves.over_eps` or `over_steps` and the column `x`. `growing`: the axis of
+    x is linear up to 1 and logarithmic from there on, with ticks at its values.
     """
     figure, (axes,) = new_figure(7.5, 4.2)
     drawn: Counter[str] = Counter()
-    for name, (label, curve) in curves.items():
-        seen, budgets = look[label], [eps for eps, _ in curve]
-        axes.plot(budgets, [100 * e.mean for _, e in curve], label=shorten(name),
+    for name, curve in panel.groupby("name", sort=False):
+        label = curve["label"].iloc[0]
+        seen = look[label]
+        axes.plot(curve["x"], curve["accuracy"], label=shorten(str(name)),
                   color=seen.color, marker=seen.marker, markersize=5, clip_on=False,
                   linestyle=_LINES[drawn[label] % len(_LINES)])
         drawn[label] += 1
-        axes.fill_between(budgets, [100 * e.low for _, e in curve],
-                          [100 * e.high for _, e in curve],
-                          color=seen.color, alpha=0.1, linewidth=0)
+        axes.fill_between(curve["x"], curve["low"], curve["high"], color=seen.color, alpha=0.1,
+                          linewidth=0)
     axes.set(xlabel=xlabel, ylabel="accuracy (%)", title=shorten(title, 80), ylim=(0, None))
+    if growing:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(sorted(panel["x"].unique()))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(left=0)
     legend_below(figure, *axes.get_legend_handles_labels())
     return figure

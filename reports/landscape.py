@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +23,11 @@ import pandas as pd
 from scipy.integrate import trapezoid
 from scipy.stats import t
 
-from robench.files import write_atomic
-from robench.reports.base import REPORTS
 from robench.reports.columns import make_frame, mark
-from robench.reports.grouping import canonical, distinct
+from robench.reports.grouping import canonical
 from robench.reports.record import Landscape, Record
 from robench.reports.store import Results
-from robench.reports.tables import run_labels, to_csv
+from robench.reports.surveys import Net, grouped
 from robench.reports.text import NOTHING, Board, Cell, Column, markdown
 
 RADIUS = 0.5
@@ -62,20 +59,6 @@ class Setting(NamedTuple):
         return f"{self.dataset} {self.split}, {under}, {self.model}"
 
 
-class Net(NamedTuple):
-    """What networks share that differ only in their seed."""
-
-    label: str
-    options: str  # of the defense, as JSON
-    recipe: str
-    checkpoint: str
-    selection: str
-    source: str  # "" unless two networks would be the same otherwise
-
-
-Groups = Mapping[Setting, Mapping[Net, Sequence[Landscape]]]
-
-
 def sharpness(landscapes: Sequence[Landscape], records: Sequence[Record] = ()) -> pd.DataFrame:
     """One row for each network surveyed along directions, aggregated over seeds; flattest first.
 
@@ -85,7 +68,7 @@ def sharpness(landscapes: Sequence[Landscape], records: Sequence[Record] = ()) -
     directions, the mean over seeds; `loss` is that of the networks themselves. Labels are those of
     the `records` of the same runs.
     """
-    groups = grouped([one for one in landscapes if one.kind == "weight"], records)
+    groups = grouped([one for one in landscapes if one.kind == "weight"], setting_of, records)
     lines = [
         {**line, "group": number}
         for number, (setting, nets) in enumerate(groups.items(), start=1)
@@ -115,29 +98,10 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def grouped(landscapes: Sequence[Landscape], records: Sequence[Record] = ()) -> Groups:
-    """Landscapes that may be compared, network by network, in order of first appearance.
-
-    The newest survey of a network counts. Different networks of one seed are never averaged:
-    they are told apart by where they came from.
-    """
-    labels = landscape_labels(landscapes, records)
-    groups: dict[Setting, dict[Net, list[Landscape]]] = {}
-    for one in landscapes:
-        net = Net(labels[_identity(one)], canonical(one.defense_config), one.recipe,
-                  one.checkpoint, one.selection, "")
-        groups.setdefault(_setting(one), {}).setdefault(net, []).append(one)
-    return {setting: dict(_apart(nets)) for setting, nets in groups.items()}
-
-
-def landscape_labels(
-    landscapes: Iterable[Landscape], records: Iterable[Record] = ()
-) -> dict[tuple[str, ...], str]:
-    """The label of (run, data set, defense, options as JSON)."""
-    known = run_labels(records)
-    ids = dict.fromkeys(map(_identity, landscapes))
-    own = distinct({one: ((one[1],), one[2], one[3]) for one in ids})
-    return {one: known.get(one[0], own[one]) for one in ids}
+def setting_of(one: Landscape) -> Setting:
+    return Setting(one.dataset, one.split, one.threat, one.attack, one.model, one.kind,
+                   canonical(one.attack_config), one.data_sha256, one.direction_seed, one.alphas,
+                   len(one.losses))
 
 
 def landscape_boards(frame: pd.DataFrame) -> list[Board]:
@@ -156,35 +120,6 @@ Mean increase of the cross-entropy on PGD examples, crafted anew, when the weigh
 half of each filter's length in random directions; lower is flatter. ± is the standard deviation
 over seeds, [ ] the 95 % interval of the mean over seeds (Student's t).
 """
-
-
-@REPORTS.register("landscape-csv", description="landscape.csv: sharpness of the loss around the "
-                                               "weights", paper="Li et al. 2018; Stutz et al. 2021")
-def landscape_csv(results: Results, out: Path) -> list[Path]:
-    path = out / "landscape.csv"
-    write_atomic(path, to_csv(sharpness(results.landscapes, results.records)))
-    return [path]
-
-
-def _identity(one: Landscape) -> tuple[str, ...]:
-    return one.run, one.dataset, one.defense, canonical(one.defense_config)
-
-
-def _setting(one: Landscape) -> Setting:
-    return Setting(one.dataset, one.split, one.threat, one.attack, one.model, one.kind,
-                   canonical(one.attack_config), one.data_sha256, one.direction_seed, one.alphas,
-                   len(one.losses))
-
-
-def _apart(nets: Mapping[Net, list[Landscape]]) -> Iterable[tuple[Net, list[Landscape]]]:
-    for net, some in nets.items():
-        by_age = sorted(some, key=lambda one: one.created)
-        networks = list({(one.seed, one.weights_sha256): one for one in by_age}.values())
-        if len(networks) == len({one.seed for one in networks}):
-            yield net, sorted(networks, key=lambda one: one.seed)
-        else:
-            yield from ((net._replace(source=f"{one.source} {one.weights_sha256[:12]}"), [one])
-                        for one in networks)
 
 
 def _ranking(

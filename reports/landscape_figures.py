@@ -11,18 +11,11 @@ import numpy.typing as npt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from robench.reports.grouping import canonical, distinct
-from robench.reports.landscape import (
-    RADIUS,
-    Net,
-    Setting,
-    grouped,
-    landscape_labels,
-    sharpness_by_direction,
-)
+from robench.reports.landscape import RADIUS, Setting, setting_of, sharpness_by_direction
 from robench.reports.record import Landscape
 from robench.reports.store import Results
-from robench.reports.style import INK, Drawing, Look, house_style, legend_below, shorten
+from robench.reports.style import INK, Drawing, Looks, house_style, legend_below, shorten
+from robench.reports.surveys import Net, grouped, net_names
 
 COLUMNS = 3  # planes side by side
 AXES = {
@@ -31,19 +24,10 @@ AXES = {
 }
 
 
-def label_names(results: Results) -> list[str]:
-    """The labels whose looks the figures need."""
-    return list(landscape_labels(results.landscapes, results.records).values())
-
-
-def draw_landscapes(results: Results, look: Mapping[str, Look]) -> Iterator[Drawing]:
+def draw_landscapes(results: Results, look: Looks) -> Iterator[Drawing]:
     """One figure for each set of landscapes that may be compared."""
-    for setting, nets in grouped(results.landscapes, results.records).items():
-        names = distinct({
-            net: ((), net.label, canonical({"checkpoint": net.checkpoint, "recipe": net.recipe,
-                                            "selected on": net.selection, "source": net.source}))
-            for net in nets
-        })
+    for setting, nets in grouped(results.landscapes, setting_of, results.records).items():
+        names = net_names(nets)
         if setting.kind == "weight":
             yield _curves(setting, {names[net]: (net, some) for net, some in nets.items()}, look)
         else:
@@ -57,7 +41,7 @@ def _seed_name(name: str, one: Landscape, some: Sequence[Landscape]) -> str:
 
 
 def _curves(
-    setting: Setting, nets: Mapping[str, tuple[Net, Sequence[Landscape]]], look: Mapping[str, Look]
+    setting: Setting, nets: Mapping[str, tuple[Net, Sequence[Landscape]]], look: Looks
 ) -> Drawing:
     numbers = {name: fmean(x for one in some for x in sharpness_by_direction(one))
                for name, (_, some) in nets.items()}
@@ -98,7 +82,7 @@ def _center(grid: npt.NDArray[np.float64]) -> float:
 
 @house_style()
 def weight_curves(
-    nets: Mapping[str, tuple[str, Sequence[Landscape]]], title: str, look: Mapping[str, Look]
+    nets: Mapping[str, tuple[str, Sequence[Landscape]]], title: str, look: Looks
 ) -> Figure:
     """The loss over alpha, and its increase near the network.
 

@@ -57,6 +57,16 @@ def overlap(records: Sequence[Record]) -> pd.DataFrame:
                                         "fooled_by", "images", "n"])
 
 
+def overlap_table(records: Sequence[Record]) -> pd.DataFrame:
+    """`overlap` for a file: the sets as text, "none" for the empty one."""
+    frame = overlap(records)
+    return frame.assign(**{
+        name: pd.Series([" + ".join(attacks) or "none" for attacks in frame[name]], frame.index,
+                        dtype=object)
+        for name in ("attacks", "fooled_by")
+    })
+
+
 def _chosen(group: Sequence[Row]) -> list[Row]:
     """The first row of a ranking and the one to see it beside; [] where nothing is ranked."""
     attack = strongest(group)

@@ -10,16 +10,16 @@ from matplotlib.ticker import NullLocator
 
 from robench.reports.boards import group_title
 from robench.reports.overlap import Fooled, overlap
-from robench.reports.record import Record
-from robench.reports.style import GRID, INK, Drawing, Look, house_style, legend_below, shorten
+from robench.reports.store import Results
+from robench.reports.style import GRID, INK, Drawing, Looks, house_style, legend_below, shorten
 from robench.reports.text import TITLES
 
 MOST = 15  # sets in one figure; the caption says what the others sum up to
 
 
-def draw_overlaps(records: Sequence[Record], look: Mapping[str, Look]) -> Iterator[Drawing]:
+def draw_overlaps(results: Results, look: Looks) -> Iterator[Drawing]:
     """One for each group of the leaderboard on which images fall to several attacks."""
-    for _, group in overlap(records).groupby("group", sort=False):
+    for _, group in overlap(results.records).groupby("group", sort=False):
         attacks, n, title = group["attacks"].iloc[0], group["n"].iloc[0], group_title(group)
         withstand = group[group["fooled_by"].map(len) == 0].set_index("name")["images"]
         sizes = group[group["fooled_by"].map(len) > 0].groupby("fooled_by")["images"].sum()
@@ -53,7 +53,7 @@ def draw_overlaps(records: Sequence[Record], look: Mapping[str, Look]) -> Iterat
 @house_style()
 def overlap_bars(
     attacks: Sequence[str], sets: Sequence[Fooled],
-    shares: Mapping[str, tuple[str, Sequence[float]]], title: str, look: Mapping[str, Look],
+    shares: Mapping[str, tuple[str, Sequence[float]]], title: str, look: Looks,
 ) -> Figure:
     """Bars for the sets, one of each network side by side, above a matrix of attacks and sets.
 

@@ -13,16 +13,13 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from robench.reports import tables
-from robench.reports.beside import published_boards
-from robench.reports.boards import FACETS, checkpoint_boards, leaderboards, rob_f_boards
-from robench.reports.gallery import draw_all
-from robench.reports.landscape import landscape_boards, sharpness
+from robench.reports.analyses import ANALYSES
+from robench.reports.boards import FACETS
+from robench.reports.gallery import draw, looks_of
 from robench.reports.provenance import provenance, record_boards
 from robench.reports.store import Results
 from robench.reports.style import GRID, INK, Drawing, to_svg
 from robench.reports.text import Board
-from robench.reports.trace import Trace, record_id
 
 _ASSETS = files("robench.reports") / "html"
 
@@ -42,41 +39,15 @@ class Section:
 
 def sections(results: Results, folder: Path | None = None) -> list[Section]:
     """The tabs in their order. The first is always there, the others where they have content."""
-    trace = Trace(results.records)
-    ranking = tables.leaderboard(results.records)
-    others = tables.other_checkpoints(results.records)
-    transfers = tables.rob_f(results.transfers, results.records)
-    drawn = draw_all(results)
-
-    def take(*kinds: str) -> list[Drawing]:
-        """The drawings of these kinds, each into one section only."""
-        found = [drawing for drawing in drawn if drawing.name.startswith(kinds)]
-        drawn[:] = [drawing for drawing in drawn if drawing not in found]
-        return found
-
-    first, *rest = (
-        Section("leaderboard", "Leaderboard", LEADERBOARD, leaderboards(ranking, trace),
-                legend=LEGEND),
-        Section("rob-f", "Rob_f", ROB_F,
-                rob_f_boards(transfers, list(map(record_id, results.transfers))), take("rob-f")),
-        Section("others", "Other checkpoints", OTHERS, checkpoint_boards(others, trace)),
-        Section("published", "Published", PUBLISHED, published_boards(results)),
-        Section("landscape", "Landscape", LANDSCAPE,
-                landscape_boards(sharpness(results.landscapes, results.records)),
-                take("weight", "input")),
-        Section("trade-off", "Trade-off", "What robustness costs in clean accuracy and in time.",
-                drawings=take("clean-vs-robust", "cost-vs-robust")),
-        Section("over-eps", "Over eps", "How robustness goes down as the attacker may change more.",
-                drawings=take("accuracy-over-eps")),
-        Section("overlap", "Attacks", "Which images fall to which attacks.",
-                drawings=take("overlap")),
-        Section("training", "Training", "How accuracy and loss went while the networks learned.",
-                drawings=take("training")),
-        Section("figures", "Figures", "Everything else that was drawn.", drawings=take("")),
+    look = looks_of(results)
+    shown = [
+        *(Section(one.name, one.title, one.intro or f"{one.description}.",
+                  one.boards(results) if one.boards else (), draw(one, results, look), one.legend)
+          for one in ANALYSES.values()),
         Section("measured", "How was this measured?", MEASURED, provenance(results.records)),
         Section("records", "Records", RECORDS, record_boards(results, folder)),
-    )
-    return [first, *(section for section in rest if section.boards or section.drawings)]
+    ]
+    return [shown[0], *(section for section in shown[1:] if section.boards or section.drawings)]
 
 
 def page(results: Results, folder: Path | None = None) -> str:
@@ -143,25 +114,6 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-LEADERBOARD = """\
-Accuracy in percent, without an attack and under each attack. Rows are ranked only against rows of
-the same data set, threat model and images. Every number leads to its records."""
-LEGEND = """\
-± is the standard deviation over seeds; the small interval is the 95 % Wilson interval of the
-sampling error over the n images of the column. The two are not added up. “p” is the exact McNemar
-test on the same images (with several seeds: the sign test over images); it is about these networks
-and is not corrected for the number of rows. A difference with p of 0.05 or more, or not paired, is
-faint. Warnings are what the trust checks found: unfold their number to read them."""
-ROB_F = """\
-Who withstands whose examples: Rob_f(x_f*) is the accuracy of network f on examples crafted against
-f itself, Rob_f(x_S*) its accuracy on examples crafted against the student S. Percentages."""
-OTHERS = "Networks of the same training runs that are outside the ranking."
-PUBLISHED = """\
-What others published for the same data set and threat model: other networks, trainings and images.
-Nothing here is measured by robench, and nothing is ranked."""
-LANDSCAPE = """\
-How fast the loss grows around a network, along random directions in which every filter is as long
-as the network’s own; adversarial examples are crafted anew at every point. Less is flatter."""
 MEASURED = """\
 Every adversarial example was checked again in fp32 before it counted: inside the threat model and
 misclassified. An attack that failed is shown as “failed”, never as a number. Rows are ranked

@@ -144,51 +144,61 @@ class Epoch(BaseModel):
             **others, "averages": {"swa": (clean, robust)}}
 
 
-class Landscape(BaseModel):
-    """The loss around one network, one line of landscape.jsonl.
-
-    `losses` are mean cross-entropies over the images, in nats. Kind "weight" has a line for each
-    random direction in the space of weights; the others are a grid, alphas[j] along the first and
-    alphas[i] along the second direction at losses[i][j]. Around weights an alpha of 1 is a step as
-    long as each filter; around images, as eps.
-    """
+class Network(BaseModel):
+    """A network, as far as those who measure it need to know."""
 
     model_config = _CONFIG
 
-    schema_version: Literal[1] = 1
-    run: str  # key of the cell that trained the network; "" if it is not known
-    created: str  # UTC, ISO 8601
+    run: str  # key of the cell that trained it; "" if it is not known
     seed: int  # of the training
+    dataset: str
+    model: str
+    source: str  # where it came from
+    weights_sha256: str
+    defense: str
+    defense_config: dict[str, Any]
+    recipe: str
+    selection: str
+    checkpoint: str
+
+
+class Survey(Network):
+    """What a command of its own measured on a network, how and where."""
+
+    schema_version: Literal[1] = 1
+    created: str  # UTC, ISO 8601
     # where
     robench: str
     torch: str
     device: str
     commit: str
     threads: int
+    seconds: float
     # on what
-    dataset: str
     split: Literal["train", "test"]
     n: int
     data_sha256: str
-    # the network
-    model: str
-    source: str
-    weights_sha256: str
     fingerprint: tuple[float, ...]
-    defense: str
-    defense_config: dict[str, Any]
-    recipe: str
-    selection: str
-    checkpoint: str
-    # how it was surveyed
-    kind: Surface
+    # under what
     threat: str
-    attack: str  # whose examples are crafted anew for each displacement; "" around images
+    attack: str  # "" for none
     attack_config: dict[str, Any]
+
+
+class Landscape(Survey):
+    """The loss around one network, one line of landscape.jsonl.
+
+    `attack` is the one whose examples are crafted anew for each displacement, "" around images.
+    `losses` are mean cross-entropies over the images, in nats. Kind "weight" has a line for each
+    random direction in the space of weights; the others are a grid, alphas[j] along the first and
+    alphas[i] along the second direction at losses[i][j]. Around weights an alpha of 1 is a step as
+    long as each filter; around images, as eps.
+    """
+
+    kind: Surface
     direction_seed: int
     alphas: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
-    seconds: float
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -201,3 +211,33 @@ class Landscape(BaseModel):
         if self.kind != "weight" and len(self.losses) != len(steps):
             raise ValueError("losses must be a square grid")
         return self
+
+
+class Shown(Network):
+    """A network on examples crafted against another: how many of the images it gets right."""
+
+    clean: int  # on the clean image
+    right: int  # on the example, wrong when clean or not
+    kept: int  # on both
+
+
+class Crossing(Survey):
+    """The examples of one network, and all networks of its seed on them, itself among these.
+
+    One line of crossing.jsonl. The survey's network is the one that was attacked.
+    """
+
+    attack_seed: int
+    shown: tuple[Shown, ...]
+
+
+class Steps(Survey):
+    """When PGD first fools the images of a network, one line of steps.jsonl.
+
+    fell_at[k]: images, right when clean, of which iterate k is the first that is misclassified; 0
+    is the random start. PGD with k steps sees the iterates up to k.
+    """
+
+    attack_seed: int
+    n_correct: int
+    fell_at: tuple[int, ...]

@@ -9,9 +9,10 @@ from urllib.parse import quote
 from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import tables
+from robench.reports.analyses import LEGEND
 from robench.reports.boards import leaderboards
 from robench.reports.embed import condensed
-from robench.reports.page import LEGEND, Section, page, rendered, summary
+from robench.reports.page import Section, page, rendered, summary
 from robench.reports.store import RECORDS, load
 
 INDEX = "index.html"

@@ -1,4 +1,4 @@
-"""The four data files of a run folder, read and written. No torch, no pandas.
+"""The data files of a run folder, read and written. No torch, no pandas.
 
 Files of RobustBench are read too; what they say is no measurement, and is not written again.
 """
@@ -18,10 +18,10 @@ from robench.files import write_atomic
 from robench.options import first_error
 from robench.reports import robustbench
 from robench.reports.published import Published
-from robench.reports.record import Epoch, Landscape, Record, Transfer
+from robench.reports.record import Crossing, Epoch, Landscape, Record, Steps, Transfer
 
 RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
-LANDSCAPES = "landscape.jsonl"
+LANDSCAPES, CROSSINGS, STEPS = "landscape.jsonl", "crossing.jsonl", "steps.jsonl"
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -37,6 +37,8 @@ class Results:
     transfers: list[Transfer] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
     landscapes: list[Landscape] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
+    steps: list[Steps] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)  # given as files of RobustBench
 
 
@@ -63,32 +65,40 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / TRANSFERS, Transfer),
             _read(folder / EPOCHS, Epoch),
             _read(folder / LANDSCAPES, Landscape),
+            _read(folder / CROSSINGS, Crossing),
+            _read(folder / STEPS, Steps),
         )
         found.records.extend(anchored(part, folder).records)
         found.transfers.extend(part.transfers)
         found.epochs.extend(part.epochs)
         found.landscapes.extend(part.landscapes)
+        found.crossings.extend(part.crossings)
+        found.steps.extend(part.steps)
     return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs),
-                   _unique(found.landscapes), list(dict.fromkeys(found.published)))
+                   _unique(found.landscapes), _unique(found.crossings), _unique(found.steps),
+                   list(dict.fromkeys(found.published)))
 
 
 def save(out: Path, results: Results) -> list[Path]:
-    """Write the four files into `out`, each whole or not at all; returns their paths.
+    """Write the files into `out`, each whole or not at all; returns their paths.
 
-    Rows keep their order. Absolute paths of flags become relative to `out`, so that the folder
-    can be moved. Raises RobenchError if the disk refuses.
+    Those of later commands are written only where there is or was something in them. Rows keep
+    their order. Absolute paths of flags become relative to `out`, so that the folder can be moved.
+    Raises RobenchError if the disk refuses.
     """
     records = [
         record.model_copy(update={"flags": relative(record.flags, out)})
         for record in results.records
     ]
-    files: tuple[tuple[str, Iterable[BaseModel]], ...] = (
+    files: tuple[tuple[str, Sequence[BaseModel]], ...] = (
         (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs),
-        (LANDSCAPES, results.landscapes),
+        (LANDSCAPES, results.landscapes), (CROSSINGS, results.crossings), (STEPS, results.steps),
     )
-    for name, lines in files:
-        write_atomic(out / name, "".join(f"{line.model_dump_json()}\n" for line in lines))
-    return [out / name for name, _ in files]
+    written = [(out / name, lines) for name, lines in files
+               if lines or name not in (CROSSINGS, STEPS) or (out / name).exists()]
+    for path, lines in written:
+        write_atomic(path, "".join(f"{line.model_dump_json()}\n" for line in lines))
+    return [path for path, _ in written]
 
 
 def anchored(results: Results, folder: Path) -> Results:

@@ -53,6 +53,9 @@ class Look:
     marker: str
 
 
+Looks = Mapping[str, Look]  # by the label of the defense
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure with its file name, its caption, and its content in words."""
@@ -63,7 +66,7 @@ class Drawing:
     figure: Figure
 
 
-def looks(names: Iterable[str]) -> Mapping[str, Look]:
+def looks(names: Iterable[str]) -> Looks:
     """One look for each name, given by its place in the alphabet."""
     return {
         name: Look(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)])

@@ -26,12 +26,14 @@ from robench.reports.columns import (
 )
 from robench.reports.compare import difference, find_baseline, robust_mean, strongest
 from robench.reports.grouping import Row, canonical, defense_names, groups, rows
-from robench.reports.record import Record, Transfer
+from robench.reports.record import Epoch, Record, Transfer
 
 DELTA = ("delta", "delta_p", "delta_to", "delta_attack")
 ROB_F = ("dataset", "recipe", "model", "defense", "label", "checkpoint", "selection", "seed",
          "network", "rob_f_self", "rob_f_student", "student_robust", "clean", "n", "attack",
          "threat")
+TRAINING = ("run", "dataset", "model", "recipe", "defense", "label", "seed", "epoch", "lr",
+            "seconds", "selection", "clean", "robust")
 
 
 def leaderboard(records: Sequence[Record]) -> pd.DataFrame:
@@ -91,6 +93,34 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
         for t in transfers
     ]
     return make_frame(lines, ROB_F)
+
+
+def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
+    """One row per epoch and training run, accuracies in percent.
+
+    `loss` is the total; <a>_clean and <a>_robust are those of averaged weights (swa, ema), missing
+    where there are none yet. Labels are those of the `records` of the same runs.
+    """
+    labels = run_labels(records)
+    lines = [
+        {
+            **e.model_dump(include=set(TRAINING)),
+            "label": labels.get(e.run, e.defense),
+            "selection": mark(e.selection),
+            "loss": e.losses.get("total"),
+            "clean": _percent(e.clean),
+            "robust": _percent(e.robust),
+            **{f"{name}_{what}": _percent(value) for name, pair in e.averages.items()
+               for what, value in zip(("clean", "robust"), pair, strict=True)},
+        }
+        for e in epochs
+    ]
+    averages = sorted({name for line in lines for name in line} - {*TRAINING, "loss"})
+    return make_frame(lines, (*TRAINING, "loss", *averages))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def run_labels(records: Iterable[Record]) -> dict[str, str]:

@@ -11,6 +11,9 @@ from robench.reports.grouping import Key, Row, canonical, distinct
 from robench.reports.record import Record
 from robench.reports.tables import leaderboard, ranked_groups
 
+SHORT = ("group", "rank", "dataset", "split", "threat", "name", "label", "seeds", "clean", "robust",
+         "rank_attack", "pareto", "train_seconds", "train_and_teacher_seconds", "attack_seconds",
+         "machine")
 DETAILS = ("checkpoint", "model", "recipe", "epochs", "source")
 
 
@@ -46,6 +49,13 @@ def tradeoff(records: Sequence[Record]) -> pd.DataFrame:
                                          dtype=bool),
                         attack_seconds=pd.Series(seconds, frame.index, dtype=float),
                         machine=pd.Series(machines, frame.index, dtype=object))
+
+
+def tradeoff_table(records: Sequence[Record]) -> pd.DataFrame:
+    """`tradeoff` in short: `robust` is the accuracy under `rank_attack`."""
+    frame = tradeoff(records)
+    robust = [line[line["rank_attack"]] for line in frame.to_dict("records")]
+    return frame.assign(robust=pd.Series(robust, frame.index, dtype=float))[list(SHORT)]
 
 
 def row_names(group: Sequence[Row]) -> dict[Key, str]:

@@ -6,28 +6,32 @@ The last word of its name is the format it is written for.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
+from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import tables
+from robench.reports.analyses import ANALYSES, Analysis
 from robench.reports.base import REPORTS
 from robench.reports.beside import published, published_boards
 from robench.reports.boards import leaderboards
-from robench.reports.gallery import draw_all
+from robench.reports.gallery import draw, draw_all, looks_of
 from robench.reports.jsonfile import to_json
 from robench.reports.latex import fragment
 from robench.reports.page import page
 from robench.reports.robustbench import model_files
 from robench.reports.store import Results
-from robench.reports.style import to_png, to_svg
+from robench.reports.style import Drawing, to_png, to_svg
 from robench.reports.text import markdown
 
 log = logging.getLogger("robench")
 
 
-@REPORTS.register("leaderboard-csv", description="leaderboard.csv: full precision, in percent")
-def leaderboard_csv(results: Results, out: Path) -> list[Path]:
-    return _write(out / "leaderboard.csv", tables.to_csv(tables.leaderboard(results.records)))
+@REPORTS.register("analyses-csv", description="a .csv for each analysis with data: full precision, "
+                                              "in percent")
+def analyses_csv(results: Results, out: Path) -> list[Path]:
+    return [path for one in ANALYSES.values() for path in write_table(one, results, out)]
 
 
 @REPORTS.register("leaderboard-md", description="leaderboard.md: as in the terminal, and what "
@@ -59,19 +63,6 @@ def leaderboard_html(results: Results, out: Path) -> list[Path]:
     return _write(out / "leaderboard.html", page(results, out))
 
 
-@REPORTS.register("rob-f-csv", description="rob_f.csv: each network on its own examples and on "
-                                           "the student's", paper="Jung et al. 2024 (PeerAiD)")
-def rob_f_csv(results: Results, out: Path) -> list[Path]:
-    frame = tables.rob_f(results.transfers, results.records)
-    return _write(out / "rob_f.csv", tables.to_csv(frame))
-
-
-@REPORTS.register("published-csv", description="published.csv: the numbers of others for the same "
-                                               "data and threat models; not measured here")
-def published_csv(results: Results, out: Path) -> list[Path]:
-    return _write(out / "published.csv", tables.to_csv(published(results)))
-
-
 @REPORTS.register("robustbench", description="model_info/: a file for each network of a data set "
                                              "and threat model that RobustBench lists",
                   paper="Croce et al. 2021 (RobustBench)")
@@ -85,8 +76,29 @@ def robustbench(results: Results, out: Path) -> list[Path]:
 
 @REPORTS.register("figures", description="figures/*.png and *.svg")
 def figures(results: Results, out: Path) -> list[Path]:
+    return write_figures(draw_all(results), out)
+
+
+def analyze(one: Analysis, results: Results, out: Path) -> list[Path]:
+    """Write the table of one analysis and its figures into `out`; returns their paths.
+
+    Raises UsageError where there are no data for it.
+    """
+    drawings = draw(one, results, looks_of(results))
+    if not drawings and one.frame(results).empty:
+        raise UsageError(f"these runs have no data for {one.name!r}: {one.description}")
+    return write_table(one, results, out) + write_figures(drawings, out)
+
+
+def write_table(one: Analysis, results: Results, out: Path) -> list[Path]:
+    """None without data, unless there is an older one to replace."""
+    frame, path = one.frame(results), out / one.file
+    return [] if frame.empty and not path.exists() else _write(path, tables.to_csv(frame))
+
+
+def write_figures(drawings: Iterable[Drawing], out: Path) -> list[Path]:
     paths = []
-    for drawing in draw_all(results):
+    for drawing in drawings:
         stem = out / "figures" / drawing.name
         paths += _write(stem.with_suffix(".png"), to_png(drawing.figure))
         paths += _write(stem.with_suffix(".svg"), to_svg(drawing.figure, drawing.name))

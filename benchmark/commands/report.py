@@ -1,4 +1,4 @@
-"""robench report, list and doctor."""
+"""robench report, analyze, list and doctor."""
 
 from __future__ import annotations
 
@@ -56,6 +56,39 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
     render(results, out, [name.strip() for name in (formats or "").split(",") if name.strip()])
     click.echo(summary(results))
     click.echo(f"wrote the reports to {out}/", err=True)
+
+
+@click.command(epilog="""\b
+Examples:
+  robench analyze
+  robench analyze trade-off runs
+  robench analyze rob-f runs other-machine/runs --out merged
+""")
+@click.argument("name", required=False)
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where the files go.  [default: the first RUN]")
+def analyze(name: str | None, runs: tuple[Path, ...], out: Path | None) -> None:
+    """Print one analysis of finished runs and write its table and figures; without NAME, list them.
+
+    The table becomes NAME.csv, the figures are PNG and SVG in figures/.
+    """
+    from robench.reports.analyses import ANALYSES, find_analysis
+    from robench.reports.store import load
+    from robench.reports.writers import analyze as write
+
+    if name is None:
+        width = max(map(len, ANALYSES))
+        for one in ANALYSES.values():
+            click.echo(f"{one.name:<{width}}  {one.description}")
+        return
+    one = find_analysis(name)
+    if not runs:
+        raise UsageError(f"name a RUN: robench analyze {name} RUN")
+    results, out = load(runs), out or _folder(runs)
+    paths = write(one, results, out)
+    click.echo(one.text(results), nl=False)
+    click.echo(f"wrote {', '.join(path.name for path in paths)} to {out}/", err=True)
 
 
 def _folder(runs: tuple[Path, ...]) -> Path:

@@ -92,7 +92,7 @@ function openPanel(panel, rows) {
   };
   rows.forEach(visit);
   const sheets = [...found].map(([table, some]) => factSheet(table, some));
-  const body = panel.querySelector("div");
+  const body = panel.querySelector(".sheets");
   body.replaceChildren(...sheets);
   if (!panel.open) panel.showModal();
   body.scrollTop = 0;

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robench.reports import Epoch, Record, Results, Transfer
+from robench.reports import Crossing, Epoch, Record, Results, Steps, Transfer
 
 ATTACKS = {"fgsm": (400, 0.08), "pgd-20": (400, 0.0), "cw": (400, -0.01),
            "pyautoattack:standard": (100, -0.04)}
@@ -73,6 +73,50 @@ def make_epoch() -> Callable[..., Epoch]:
             "losses": {"total": 2.0}, "selection": "val", "clean": 0.5, "robust": 0.3,
         }
         return Epoch(**{**values, **changes})
+
+    return make
+
+
+SURVEY: dict[str, Any] = {
+    "run": "", "seed": 0, "dataset": "digits", "model": "resnet18", "source": "a.safetensors",
+    "weights_sha256": "w", "defense": "trades", "defense_config": {}, "recipe": "unified",
+    "selection": "val", "checkpoint": "best", "created": "2026-11-20T10:00:00+00:00",
+    "robench": "0.1.0", "torch": "2.15.0", "device": "cpu", "commit": "", "threads": 1,
+    "seconds": 60.0, "split": "test", "n": 400, "data_sha256": _sha("400"), "fingerprint": (1.0,),
+    "threat": "Linf:8/255",
+}
+
+
+@pytest.fixture(scope="session")
+def make_steps() -> Callable[..., Steps]:
+    def make(**changes: Any) -> Steps:
+        values = {**SURVEY, "attack": "pgd-3", "attack_seed": 0, "n_correct": 320,
+                  "attack_config": {"steps": 3, "step_size": 2 / 255, "start": "uniform"},
+                  "fell_at": (10, 50, 30, 10)}
+        return Steps(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_crossings() -> Callable[..., list[Crossing]]:
+    """make({"a": {"a": 100, "b": 200}, ...}): right on examples against a, by defense."""
+
+    def make(right: dict[str, dict[str, int]], clean: int = 320, **changes: Any) -> list[Crossing]:
+        def network(name: str) -> dict[str, Any]:
+            seed = changes.get("seed", 0)
+            return {**{field: SURVEY[field] for field in (
+                "run", "dataset", "model", "defense_config", "recipe", "selection", "checkpoint")},
+                "source": f"{name}{seed}", "weights_sha256": f"{name}{seed}", "defense": name,
+                "seed": seed}
+
+        return [
+            Crossing(**{**SURVEY, "attack": "pgd-10", "attack_config": {"steps": 10},
+                        "attack_seed": 0, **network(source), **changes,
+                        "shown": [{**network(name), "clean": clean, "right": count,
+                                   "kept": min(clean, count)} for name, count in shown.items()]})
+            for source, shown in right.items()
+        ]
 
     return make
 

@@ -450,11 +450,15 @@ AUDIT = """() => {
         return (high + 0.05) / (low + 0.05);
     };
     const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    // The numbers of a heat map stand on its cells.
+    const cell = (e) => document.querySelector(
+        `#${e.closest("g[id*='-on-cell-']")?.id.replace("-on-cell-", "-cell-")} path`);
     const judged = new Map();
     while (texts.nextNode()) {
         const e = texts.currentNode.parentElement;
         if (!texts.currentNode.data.trim() || !visible(e) || e.closest("script, style")) continue;
-        const style = getComputedStyle(e), below = paper(e);
+        const style = getComputedStyle(e);
+        const below = cell(e) ? rgba(getComputedStyle(cell(e)).fill).slice(0, 3) : paper(e);
         const ink = over(rgba(e.closest("svg") ? style.fill : style.color), below);
         const large = parseFloat(style.fontSize) >= 24;
         judged.set(`${ink} ${below} ${large}`, contrast(ink, below));
@@ -470,11 +474,20 @@ AUDIT = """() => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def full_html(varied, campaign, make_crossings, make_steps):
+    """A page with a tab of every kind but landscapes."""
+    names = ("peeraid", "trades", "pgd_at", HOSTILE)
+    crossings = make_crossings({source: {name: 40 + 90 * i + 20 * (source == name)
+                                         for i, name in enumerate(names)} for source in names})
+    return page(Results([*campaign.records, *varied.records], campaign.transfers, campaign.epochs,
+                        crossings=crossings, steps=[make_steps(), make_steps(defense=HOSTILE)]))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 390])
-def test_everybody_can_read_every_tab(show, varied, campaign, scheme, width):
-    records = [*campaign.records, *varied.records]
-    tab = show(page(Results(records, campaign.transfers, campaign.epochs)), color_scheme=scheme)
+def test_everybody_can_read_every_tab(show, full_html, scheme, width):
+    tab = show(full_html, color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 844})
     for link in tab.locator("nav a").all():
         link.click()
@@ -485,6 +498,28 @@ def test_everybody_can_read_every_tab(show, varied, campaign, scheme, width):
     tab.locator("#leaderboard td.lead a").first.click()
     found, lowest, _ = tab.evaluate(AUDIT)
     assert found == [] and lowest >= 4.5
+
+
+def axe_violations(tab):
+    """What axe-core finds on the page as it is, and where."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the dev extra")
+    found = axe.Axe().run(tab).response
+    assert len(found["passes"]) > 20
+    return [f"{rule['id']}: {node['html'][:200]}" for rule in found["violations"]
+            for node in rule["nodes"]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(show, full_html, scheme):
+    """axe-core with all its rules, on all tabs at once and on the panel of a record."""
+    tab = show(full_html, color_scheme=scheme)
+    tab.add_style_tag(content="main > section { display: block !important; }")
+    assert axe_violations(tab) == []
+    tab.locator("#leaderboard td.lead a").first.click()
+    assert axe_violations(tab) == []
+    tab.keyboard.press("Escape")
+    tab.evaluate("document.querySelector('table').insertAdjacentHTML('afterend', '<button>')")
+    assert [one.partition(":")[0] for one in axe_violations(tab)] == ["button-name"]
 
 
 def test_the_audit_finds_what_is_wrong(show, varied_html):

@@ -31,9 +31,9 @@ def texts(svg):
 def test_every_kind_of_figure_is_drawn(campaign):
     drawings = draw_all(campaign)
     assert [d.name for d in drawings] == [
-        "clean-vs-robust-digits-test-linf-8-255", "cost-vs-robust-digits-test-linf-8-255",
-        "accuracy-over-eps-digits-test-linf-pgd-20", "overlap-digits-test-linf-8-255",
-        "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "training-digits-resnet18-unified",
+        "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "clean-vs-robust-digits-test-linf-8-255",
+        "cost-vs-robust-digits-test-linf-8-255", "accuracy-over-eps-digits-test-linf-pgd-20",
+        "overlap-digits-test-linf-8-255", "training-digits-resnet18-unified",
     ]
     assert all("peeraid" in d.alt for d in drawings)
 

@@ -6,8 +6,9 @@ from robench.reports import REPORTS, Results, load, render
 from robench.reports.base import ASKED, Report, format_of
 
 FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl",
-         "leaderboard.csv", "leaderboard.md", "leaderboard.html", "leaderboard.tex",
-         "leaderboard.json", "rob_f.csv", "landscape.csv", "published.csv"}
+         "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json"}
+TABLES = {"leaderboard.csv", "rob_f.csv", "others.csv", "trade_off.csv", "over_eps.csv",
+          "overlap.csv", "training.csv"}
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def test_all_files_are_written(rendered):
     out, paths = rendered
     names = {path.relative_to(out).as_posix() for path in paths}
     figures = {name for name in names if name.startswith("figures/")}
-    assert names - figures == FILES and len(figures) == 12
+    assert names - figures == FILES | TABLES and len(figures) == 12
     empty = {path.name for path in paths if not path.stat().st_size}
     assert empty == {"landscape.jsonl"}  # of which the campaign has none
     assert [path.name for path in paths[:4]] == ["results.jsonl", "transfer.jsonl",
@@ -32,7 +33,7 @@ def test_all_files_are_written(rendered):
 def test_only_the_named_formats_are_written(campaign, tmp_path):
     paths = render(campaign, tmp_path, ["csv", "tex"])
     assert {path.name for path in paths if path.suffix != ".jsonl"} == {
-        "leaderboard.csv", "rob_f.csv", "published.csv", "landscape.csv", "leaderboard.tex"}
+        *TABLES, "leaderboard.tex"}
     with pytest.raises(UsageError, match="unknown format 'text'. Did you mean: tex?"):
         render(campaign, tmp_path / "new", ["csv", "text"])
     assert not (tmp_path / "new").exists()
@@ -64,11 +65,13 @@ def test_relative_flags_are_found_beside_the_results(make_record, write_flags, t
     assert list(frame["delta_p"].dropna()) == [pytest.approx(2 / 2**10)]
 
 
-def test_without_results_the_tables_are_headers(tmp_path):
+def test_without_results_there_are_no_tables_and_old_ones_become_headers(campaign, tmp_path):
     render(Results(), tmp_path)
-    for name in ("leaderboard.csv", "rob_f.csv", "published.csv", "landscape.csv"):
-        assert len((tmp_path / name).read_text().splitlines()) == 1
-    assert not (tmp_path / "figures").exists()
+    assert not list(tmp_path.glob("*.csv")) and not (tmp_path / "figures").exists()
+    render(campaign, tmp_path, ["csv"])
+    render(Results(), tmp_path, ["csv"])
+    assert {path.name for path in tmp_path.glob("*.csv")} == TABLES
+    assert all(len(path.read_text().splitlines()) == 1 for path in tmp_path.glob("*.csv"))
 
 
 def test_data_are_safe_when_a_report_fails(campaign, tmp_path, write_flags):

@@ -1,0 +1,78 @@
+"""robench transfer and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robench.benchmark.commands.attack import of_eval
+from robench.benchmark.commands.options import values_of
+
+if TYPE_CHECKING:
+    from robench.benchmark.spec import RunSpec
+
+GIVEN = of_eval("sources", "batch_size")
+LIMIT = click.option("--limit", type=int, metavar="N",
+                     help="The first N test images.  [default: 1000, or all there are]")
+OUT = click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+                   help="Where the reports go, beside what is there.  [default: the run that is "
+                   "named first, else runs/NAME, the name of the command]")
+
+
+@click.command(params=list(GIVEN), epilog="""\b
+Examples:
+  robench transfer runs
+  robench transfer runs/cells/*/best.safetensors other.safetensors --out runs/transfer
+""")
+@LIMIT
+@OUT
+def transfer(
+    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+) -> None:
+    """Show the examples of each network to every other: networks, or all of a run."""
+    from robench.benchmark.crossings import crossings
+
+    spec = _spec("transfer", sources, seed, given)
+    _tell("transfer", crossings(sources, spec, zoo=zoo, quiet=quiet), spec)
+
+
+@click.command(params=list(GIVEN), epilog="""\b
+Examples:
+  robench steps runs
+  robench steps runs/cells/*/swa.safetensors --steps 1000 --limit 200
+""")
+@click.option("--steps", type=int, default=100, show_default=True, metavar="N",
+              help="Of PGD, eps / 4 each; fewer are looked at on the way.")
+@LIMIT
+@OUT
+def steps(
+    sources: tuple[str, ...], steps: int, seed: int | None, zoo: Path, quiet: bool, **given: Any
+) -> None:
+    """Measure robust accuracy over the steps of PGD: networks, or the ranked ones of a run."""
+    from robench.benchmark.steps import over_steps
+
+    spec = _spec("steps", sources, seed, given)
+    _tell("over-steps", over_steps(sources, spec, steps, zoo=zoo, quiet=quiet), spec)
+
+
+def _spec(
+    name: str, sources: Sequence[str], seed: int | None, given: dict[str, Any]
+) -> RunSpec:
+    from robench.benchmark.spec import RunSpec
+
+    run = next((Path(source) for source in sources if Path(source).is_dir()), Path("runs", name))
+    values = {"out": run, **values_of(given)}
+    if seed is not None:
+        values["seeds"] = (seed,)
+    return RunSpec.create(values)
+
+
+def _tell(name: str, results: Any, spec: RunSpec) -> None:
+    from robench.reports.analyses import ANALYSES
+
+    one = ANALYSES[name]
+    click.echo(one.text(results), nl=False)
+    click.echo(f"wrote {spec.out}/{one.file}, figures/ and leaderboard.html", err=True)

@@ -1,0 +1,170 @@
+"""The analyses: what can be asked of results, each as a table and as figures.
+
+To add one: an entry. It becomes a tab of the page, a CSV file of `robench report`, and a name for
+`robench analyze`. Everything is a function of results:
+
+    ANALYSES["rob-f"].frame(load([Path("runs")]))  # a DataFrame
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from robench.registry import unknown
+from robench.reports import tables
+from robench.reports.beside import published, published_boards
+from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards
+from robench.reports.crossing import crossing, crossing_boards, draw_crossing
+from robench.reports.curves import draw_over_eps, draw_over_steps, over_eps, over_steps
+from robench.reports.drawings import draw_rob_f, draw_tradeoff, draw_training
+from robench.reports.landscape import landscape_boards, sharpness
+from robench.reports.landscape_figures import draw_landscapes
+from robench.reports.overlap import overlap_table
+from robench.reports.overlap_figures import draw_overlaps
+from robench.reports.store import Results
+from robench.reports.style import Drawing, Looks
+from robench.reports.text import NOTHING, Board, Cell, Column, markdown
+from robench.reports.trace import Trace, record_id
+from robench.reports.tradeoff import tradeoff_table
+
+
+def no_figures(results: Results, look: Looks) -> Iterable[Drawing]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis.
+
+    Attributes:
+        name: on the command line, of the tab and, with underscores, of the CSV file.
+        title: of the tab. description: a line. intro: how to read it, if that takes more.
+        frame: the table, without lines where there are no data.
+        draw: the figures, a look for every label given.
+        boards: the table for people, one below the other; None where it is the frame as it is,
+            which has no place on a page.
+        legend: what the columns of the boards mean.
+    """
+
+    name: str
+    title: str
+    description: str
+    frame: Callable[[Results], pd.DataFrame]
+    draw: Callable[[Results, Looks], Iterable[Drawing]] = no_figures
+    boards: Callable[[Results], list[Board]] | None = None
+    intro: str = ""
+    legend: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name.replace('-', '_')}.csv"
+
+    def text(self, results: Results) -> str:
+        """The table in Markdown."""
+        boards = self.boards(results) if self.boards else [_board(self, self.frame(results))]
+        return "\n".join(map(markdown, boards))
+
+
+def _board(analysis: Analysis, frame: pd.DataFrame) -> Board:
+    """A frame as it is, numbers in four digits."""
+    def cell(value: Any) -> Cell:
+        if pd.isna(value):
+            return Cell(NOTHING)
+        return Cell(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+    return Board(analysis.title, tuple(
+        Column(str(name), tuple(map(cell, values)), words=frame[name].dtype == object)
+        for name, values in frame.items()))
+
+
+LEGEND = """\
+± is the standard deviation over seeds; the small interval is the 95 % Wilson interval of the
+sampling error over the n images of the column. The two are not added up. “p” is the exact McNemar
+test on the same images (with several seeds: the sign test over images); it is about these networks
+and is not corrected for the number of rows. A difference with p of 0.05 or more, or not paired, is
+faint. Warnings are what the trust checks found: unfold their number to read them."""
+
+ANALYSES = {one.name: one for one in (
+    Analysis(
+        "leaderboard", "Leaderboard", "The ranking: accuracy without an attack and under each",
+        lambda results: tables.leaderboard(results.records),
+        boards=lambda results: leaderboards(tables.leaderboard(results.records),
+                                            Trace(results.records)),
+        intro="Accuracy in percent, without an attack and under each attack. Rows are ranked only "
+        "against rows of the same data set, threat model and images. Every number leads to its "
+        "records.",
+        legend=LEGEND,
+    ),
+    Analysis(
+        "rob-f", "Rob_f", "Each network on its own examples and on the student's (Jung et al. "
+        "2024, PeerAiD)",
+        lambda results: tables.rob_f(results.transfers, results.records), draw_rob_f,
+        lambda results: rob_f_boards(tables.rob_f(results.transfers, results.records),
+                                     list(map(record_id, results.transfers))),
+        intro="Who withstands whose examples: Rob_f(x_f*) is the accuracy of network f on examples "
+        "crafted against f itself, Rob_f(x_S*) its accuracy on examples crafted against the "
+        "student S. Percentages.",
+    ),
+    Analysis(
+        "transfer", "Transfer", "Every network on the examples of every other (measured by "
+        "`robench transfer`)",
+        crossing, draw_crossing, crossing_boards,
+        intro="Accuracy in percent of every network on the examples that were crafted against "
+        "every other: rows say against whom, columns who is evaluated.",
+    ),
+    Analysis(
+        "others", "Other checkpoints", "Networks of the same training runs that are outside the "
+        "ranking",
+        lambda results: tables.other_checkpoints(results.records),
+        boards=lambda results: checkpoint_boards(tables.other_checkpoints(results.records),
+                                                 Trace(results.records)),
+    ),
+    Analysis(
+        "published", "Published", "The numbers of others for the same data and threat models; not "
+        "measured here",
+        published, boards=published_boards,
+        intro="What others published for the same data set and threat model: other networks, "
+        "trainings and images. Nothing here is measured by robench, and nothing is ranked.",
+    ),
+    Analysis(
+        "landscape", "Landscape", "Sharpness of the loss around the weights (measured by `robench "
+        "landscape`; Li et al. 2018, Stutz et al. 2021)",
+        lambda results: sharpness(results.landscapes, results.records), draw_landscapes,
+        lambda results: landscape_boards(sharpness(results.landscapes, results.records)),
+        intro="How fast the loss grows around a network, along random directions in which every "
+        "filter is as long as the network’s own; adversarial examples are crafted anew at every "
+        "point. Less is flatter.",
+    ),
+    Analysis(
+        "trade-off", "Trade-off", "What robustness costs in clean accuracy and in time",
+        lambda results: tradeoff_table(results.records), draw_tradeoff,
+    ),
+    Analysis(
+        "over-eps", "Over eps", "How robustness goes down as the attacker may change more",
+        over_eps, draw_over_eps,
+    ),
+    Analysis(
+        "over-steps", "Over steps", "How robustness goes down as PGD takes more steps (measured by "
+        "`robench steps`)",
+        over_steps, draw_over_steps,
+    ),
+    Analysis(
+        "overlap", "Attacks", "Which images fall to which attacks",
+        lambda results: overlap_table(results.records), draw_overlaps,
+    ),
+    Analysis(
+        "training", "Training", "How accuracy and loss went while the networks learned",
+        lambda results: tables.training(results.epochs, results.records), draw_training,
+    ),
+)}
+
+
+def find_analysis(name: str) -> Analysis:
+    """Raises UsageError for a name nobody knows."""
+    if name not in ANALYSES:
+        raise unknown("analysis", name, ANALYSES)
+    return ANALYSES[name]

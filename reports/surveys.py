@@ -1,0 +1,81 @@
+"""What commands of their own measured on networks: which of it belongs together, under which name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from robench.reports.grouping import canonical, distinct
+from robench.reports.record import Network, Record, Survey
+from robench.reports.tables import run_labels
+
+S = TypeVar("S", bound=Survey)
+K = TypeVar("K")
+Names = Mapping[tuple[str, ...], str]  # by `identity`
+
+
+class Net(NamedTuple):
+    """What networks share that differ only in their seed."""
+
+    label: str
+    options: str  # of the defense, as JSON
+    model: str
+    recipe: str
+    checkpoint: str
+    selection: str
+    source: str  # "" unless two networks would be the same otherwise
+
+
+def grouped(
+    surveys: Sequence[S], setting: Callable[[S], K], records: Iterable[Record] = ()
+) -> dict[K, dict[Net, list[S]]]:
+    """Surveys that may be compared, network by network, in order of first appearance.
+
+    `setting` is what they must have in common. The newest survey of a network counts. Different
+    networks of one seed are never averaged: they are told apart by where they came from.
+    """
+    labels = survey_labels(surveys, records)
+    groups: dict[K, dict[Net, list[S]]] = {}
+    for one in surveys:
+        groups.setdefault(setting(one), {}).setdefault(net_of(one, labels), []).append(one)
+    return {key: dict(_apart(nets)) for key, nets in groups.items()}
+
+
+def net_of(network: Network, labels: Names, source: str = "") -> Net:
+    return Net(labels[identity(network)], canonical(network.defense_config), network.model,
+               network.recipe, network.checkpoint, network.selection, source)
+
+
+def net_names(nets: Iterable[Net]) -> dict[Net, str]:
+    """Labels, with what tells networks of one label apart."""
+    return distinct({
+        net: ((), net.label, canonical({
+            "checkpoint": net.checkpoint, "model": net.model, "recipe": net.recipe,
+            "selected on": net.selection, "source": net.source}))
+        for net in nets
+    })
+
+
+def survey_labels(networks: Iterable[Network], records: Iterable[Record] = ()) -> Names:
+    """The label of each network's defense, that of the `records` of the same run if there are."""
+    known = run_labels(records)
+    ids = dict.fromkeys(map(identity, networks))
+    own = distinct({one: ((one[1],), one[2], one[3]) for one in ids})
+    return {one: known.get(one[0], own[one]) for one in ids}
+
+
+def identity(network: Network) -> tuple[str, ...]:
+    """What the label of a network depends on."""
+    return network.run, network.dataset, network.defense, canonical(network.defense_config)
+
+
+def _apart(nets: Mapping[Net, list[S]]) -> Iterable[tuple[Net, list[S]]]:
+    for net, some in nets.items():
+        by_age = sorted(some, key=lambda one: one.created)
+        networks = list({(one.seed, one.weights_sha256): one for one in by_age}.values())
+        if len(networks) == len({one.seed for one in networks}):
+            yield net, sorted(networks, key=lambda one: one.seed)
+        else:
+            yield from ((net._replace(source=f"{one.source} {one.weights_sha256[:12]}"), [one])
+                        for one in networks)
