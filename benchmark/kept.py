@@ -13,7 +13,7 @@ from robench.reports.record import Landscape, Record, Transfer
 def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
     """The record of an earlier run, if the network still gives the same logits."""
     try:
-        record = Record.model_validate_json(path.read_text())
+        record = Record.model_validate_json(path.read_bytes())
         same = alike(record.fingerprint, fingerprint)
         return record if same and path.with_suffix(".npz").exists() else None
     except (OSError, ValidationError):  # not there, or damaged: measure again
@@ -22,7 +22,7 @@ def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
 
 def kept_transfers(path: Path) -> list[Transfer] | None:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
         return [Transfer.model_validate_json(line) for line in lines] or None
     except (OSError, ValidationError):
         return None
@@ -31,7 +31,7 @@ def kept_transfers(path: Path) -> list[Transfer] | None:
 def kept_landscape(path: Path, fingerprint: tuple[float, ...]) -> Landscape | None:
     """The landscape of an earlier run, if the network still gives the same logits."""
     try:
-        landscape = Landscape.model_validate_json(path.read_text())
+        landscape = Landscape.model_validate_json(path.read_bytes())
         return landscape if alike(landscape.fingerprint, fingerprint) else None
     except (OSError, ValidationError):
         return None

@@ -23,7 +23,7 @@ from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import CellSpec, RunSpec, digest
-from robench.files import write_atomic
+from robench.files import locked, write_atomic
 from robench.reports import render
 from robench.reports.record import Landscape
 from robench.reports.store import RECORDS, Results, load
@@ -50,12 +50,13 @@ def landscapes(
                 for source in dict.fromkeys(sources)]
     for network in networks:
         check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)
-    found = [_landscape(network, matrix, survey, images, split) for network in networks]
-    earlier = load([spec.out]) if (spec.out / RECORDS).exists() else Results()
-    again = {_identity(landscape) for landscape in found}
-    kept = [one for one in earlier.landscapes if _identity(one) not in again]
-    results = replace(earlier, landscapes=[*kept, *found])
-    render(results, spec.out)
+    with locked(spec.out):
+        found = [_landscape(network, matrix, survey, images, split) for network in networks]
+        earlier = load([spec.out]) if (spec.out / RECORDS).exists() else Results()
+        again = {_identity(landscape) for landscape in found}
+        kept = [one for one in earlier.landscapes if _identity(one) not in again]
+        results = replace(earlier, landscapes=[*kept, *found])
+        render(results, spec.out)
     return results
 
 
@@ -110,8 +111,8 @@ class Begun(BaseModel):
     def read(cls, path: Path, fingerprint: tuple[float, ...]) -> Begun:
         """Nothing if it is not there, damaged, or of a network that gives other logits."""
         try:
-            begun = cls.model_validate_json(path.read_text())
-        except (OSError, UnicodeDecodeError, ValidationError):
+            begun = cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             return cls()
         return begun if alike(begun.fingerprint, fingerprint) else cls()
 
@@ -150,8 +151,8 @@ def _cell(network: Network) -> CellSpec | None:
     if network.header is None:
         return None
     try:
-        cell = CellSpec.model_validate_json(Path(network.source).with_name("spec.json").read_text())
-    except (OSError, UnicodeDecodeError, ValidationError):
+        cell = CellSpec.model_validate_json(Path(network.source).with_name("spec.json").read_bytes())
+    except (OSError, ValidationError):
         return None
     header = network.header
     same = (cell.defense, cell.recipe, cell.seed) == (header.defense, header.recipe, header.seed)

@@ -13,6 +13,10 @@ class UsageError(RobenchError, ValueError):
     exit_code = 2
 
 
+class DiskError(RobenchError):
+    """A file could not be written: the disk is full, or the folder not ours. Nothing is lost."""
+
+
 class Partial(RobenchError):
     """The time budget ended before the work did (exit code 5); `results` are what was found."""
 
