@@ -29,6 +29,9 @@ def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits (N, K) for images (N, C, H, W), "
                          f"not {shape}")
+    if logits.shape[1] < 2:
+        raise UsageError("the model has one output: it needs a logit for each of two classes or "
+                         "more")
     check_finite(logits)
     if int(y.max()) >= logits.shape[1]:
         raise UsageError(f"the model has {logits.shape[1]} outputs, but there are labels up to "

@@ -151,7 +151,8 @@ def _cell(network: Network) -> CellSpec | None:
     if network.header is None:
         return None
     try:
-        cell = CellSpec.model_validate_json(Path(network.source).with_name("spec.json").read_bytes())
+        spec = Path(network.source).with_name("spec.json").read_bytes()
+        cell = CellSpec.model_validate_json(spec)
     except (OSError, ValidationError):
         return None
     header = network.header

@@ -27,7 +27,6 @@ from robench.benchmark.recipe import ModelSpec, explain
 from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 
-
 MOST = 10_000  # values in the YAML of a user
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
@@ -254,6 +255,31 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def finished(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+# kill -9; that of `run` and of `eval` is in test_matrix.py and test_resume.py
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_report_that_is_killed_is_written_again(finished, check_files, kills):
+    rng, effective = random.Random(kills), 0
+    before, data = contents(finished), finished / "results.jsonl"
+    for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
+        path.unlink()
+    for _ in range(kills):
+        process = start(finished.parent, "report", "out")
+        until(lambda: (finished / LOCK).exists(), process)
+        time.sleep(rng.uniform(0, 2))
+        effective += process.poll() is None
+        process.kill()
+        process.communicate(timeout=60)
+        assert check_files(finished) >= 5
+        assert data.read_bytes() == before[Path("results.jsonl")]
+    assert effective >= kills / 2
+    process = start(finished.parent, "report", "out")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert contents(finished) == before
 
 
 def contents(folder):
