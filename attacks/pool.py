@@ -263,8 +263,8 @@ class Pool:
 
     def _advance(self, flying: Units) -> Step | None:
         """A step of all units; None if they do not fit into memory, and fewer are to fly."""
-        net, step, state = self._net, None, dict(flying.state)
-        passes = net.forwards, net.backwards
+        net, step = self._net, cast(Step | None, None)
+        state, passes = dict(flying.state), (net.forwards, net.backwards)
         with self._batches.fitted():
             step = self._stepper.step(net, flying)
         if step is None:  # the step was not taken

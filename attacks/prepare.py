@@ -59,7 +59,8 @@ def prepared(
         logits = clean_logits(model, x) if logits is None else logits
         others = logits.scatter(1, y[:, None], -torch.inf)
         ranked = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        net, sample = None, Batches(8)
+        net: Network | None = None
+        sample = Batches(8)
         while net is None:
             with sample.fitted():
                 net = Network(model, precision, x[: sample.size])
