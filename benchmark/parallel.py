@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 
@@ -74,17 +75,17 @@ def _pool(spec: RunSpec, reporter: Reporter) -> Iterator[ProcessPoolExecutor]:
         # spawn: a forked child inherits torch's thread pools in an unusable state
         pool = ProcessPoolExecutor(spec.jobs, multiprocessing.get_context("spawn"),
                                    initializer=_start, initargs=(spec, threads, messages))
-        others, finished = set(multiprocessing.active_children()), False
+        others = set(multiprocessing.active_children())
         try:
             yield pool
-            finished = True
-        except BrokenProcessPool:
-            raise RobenchError("a worker process died, perhaps for want of memory; what is "
-                               "finished is kept: run it again with --jobs 1") from None
+        except BaseException as error:  # nobody waits for what the workers are doing now
+            _end(set(multiprocessing.active_children()) - others)
+            if isinstance(error, BrokenProcessPool):
+                raise RobenchError("a worker process died, perhaps for want of memory; what is "
+                                   "finished is kept: run it again with --jobs 1") from None
+            raise
         finally:
-            if not finished:  # nobody waits for what the workers are doing now
-                _end(set(multiprocessing.active_children()) - others)
-            pool.shutdown(wait=finished, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _end(workers: Iterable[BaseProcess]) -> None:
@@ -119,6 +120,7 @@ def _task() -> Iterator[None]:
         with contextlib.suppress(RobenchError):
             yield
     except SystemExit:  # which the pool would take for the result
+        util._exit_function()
         os._exit(1)
 
 
