@@ -206,14 +206,14 @@ def test_files_that_are_well_are_read(cases, name, tmp_path):
     read(tmp_path / name)
 
 
-INPUTS = int(os.environ.get("ROBENCH_FUZZ", 12))  # for each kind of file
+INPUTS = int(os.environ.get("ROBENCH_FUZZ", 8))  # for each kind of file
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_files_end_in_one_line(cases, name, tmp_path):
-    @settings(max_examples=INPUTS, database=None, derandomize=INPUTS == 12,
+    @settings(max_examples=INPUTS, database=None, derandomize=INPUTS == 8,
               suppress_health_check=list(HealthCheck))
-    @given(rng=st.randoms(use_true_random=INPUTS != 12))
+    @given(rng=st.randoms(use_true_random=INPUTS != 8))
     def fuzz(rng):
         survives(cases[name], name, tmp_path / "in", rng)
 

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from robench import files
+from robench.attacks.search import Search
 from robench.benchmark.matrix import run
 from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
@@ -165,6 +165,25 @@ def test_every_command_that_fills_a_folder_holds_it(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.jsonl"]
 
 
+def test_a_folder_is_free_when_its_holder_is_killed(tmp_path, robench, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from robench.files import *; import time\nwith locked(Path('out')): time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(SRC)})
+    until(lambda: list(tmp_path.glob(f"out/{LOCK}")) and (tmp_path / "out" / LOCK).read_text(),
+          holder)
+    done = robench(*SHORT, "--jobs", 1, "--out", "out")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith(f"robench: out is in use by process {holder.pid} on ")
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "out" / LOCK).exists()
+    done = robench(*SHORT, "--jobs", 1, "--out", "out")
+    assert done.code == 0, done.err
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.slow
 def test_two_processes_on_one_folder(tmp_path):
     """The second one says who works there, and the first is not disturbed."""
     first = start(tmp_path, *LONG, "--jobs", 1, "--out", "out")
@@ -178,7 +197,6 @@ def test_two_processes_on_one_folder(tmp_path):
     finally:
         first.kill()
         first.communicate()
-    assert (tmp_path / "out" / LOCK).exists()  # of the dead: nobody is in its way
     last = start(tmp_path, *SHORT, "--jobs", 1, "--out", "out")
     _, err = last.communicate(timeout=120)
     assert last.returncode == 0, err
@@ -189,7 +207,9 @@ def test_two_processes_on_one_folder(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "group"), [
+    (signal.SIGTERM, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
     """group: as a terminal and most schedulers do, the workers get it, too."""
     process = start(tmp_path, *LONG, "--jobs", 2, "--out", "out", start_new_session=True,
@@ -206,13 +226,14 @@ def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
     assert left_over(tmp_path) == []
 
 
-def test_a_search_that_is_interrupted_has_kept_its_last_step(tmp_path):
+def test_a_search_that_is_interrupted_has_kept_its_last_step(tmp_path, robench, monkeypatch):
     """It ends after a step, with all units that were under way in its file."""
-    (tmp_path / "my.py").write_text("""
-import os, signal, sys
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Search, "save_every", 1e9)
+    (tmp_path / "interrupted.py").write_text("""
+import os, signal
 import torch
 from torch import nn
-from robench.attacks import search
 
 torch.manual_seed(0)
 steps = 0
@@ -228,14 +249,12 @@ class Net(nn.Module):
             os.kill(os.getpid(), signal.SIGTERM)
         return self.net(x)
 
-search.Search.save_every = 1e9
 net = Net
 """)
-    process = start(tmp_path, "eval", "my:net", "--attack", "pgd-30,restarts=2", "--threat",
-                    "Linf:0.001", "--limit", 20, "--device", "cpu", "--precision", "ieee",
-                    "--quiet", "--out", "out")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    done = robench("eval", "interrupted:net", "--attack", "pgd-30,restarts=2", "--threat",
+                   "Linf:0.001", "--limit", 20, "--device", "cpu", "--precision", "ieee",
+                   "--quiet", "--out", "out")
+    assert done.code == 130, done.err
     (partial,) = (tmp_path / "out").rglob("*.partial")
     with np.load(partial) as kept:
         assert len(set(kept["unit.step"].tolist())) == 1
@@ -245,24 +264,19 @@ net = Net
 # Disks that are full
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    _, err = (process := start(folder, *SHORT, "--jobs", 1, "--out", "out")).communicate()
-    assert process.returncode == 0, err
-    return folder / "out"
-
-
 @pytest.fixture
-def finished(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "out"))
+def finished(tmp_path, robench, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = robench(*SHORT, "--jobs", 1, "--out", "out")
+    assert done.code == 0, done.err
+    return tmp_path / "out"
 
 
 # kill -9; that of `run` and of `eval` is in test_matrix.py and test_resume.py
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_report_that_is_killed_is_written_again(finished, check_files, kills):
+def test_a_report_that_is_killed_is_written_again(finished, robench, check_files, kills):
     rng, effective = random.Random(kills), 0
     before, data = contents(finished), finished / "results.jsonl"
     for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
@@ -277,9 +291,8 @@ def test_a_report_that_is_killed_is_written_again(finished, check_files, kills):
         assert check_files(finished) >= 5
         assert data.read_bytes() == before[Path("results.jsonl")]
     assert effective >= kills / 2
-    process = start(finished.parent, "report", "out")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    done = robench("report", "out")
+    assert done.code == 0, done.err
     assert contents(finished) == before
 
 
@@ -290,28 +303,27 @@ def contents(folder):
 MORE = (*SHORT[:-1], "--baseline", "trades", "--quiet", "--jobs", 1)
 
 
-def survives(folder, before, process):
+def survives(folder, before, done):
     """One line, and what was there is there."""
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert err.startswith("robench: cannot write ") and err.count("\n") == 1, err
+    assert done.code == 1
+    assert done.err.startswith("robench: cannot write ") and done.err.count("\n") == 1, done.err
     after = contents(folder)
     assert {path: after.get(path) for path in before} == before
     assert left_over(folder) == []
-    return err
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk(finished):
-    before = contents(finished)
+def test_a_limit_on_the_size_of_files_is_a_full_disk(finished, robench):
+    before, limits = contents(finished), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        done = robench(*MORE, "--out", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in done.err
+    survives(finished, before, done)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    process = start(finished.parent, *MORE, "--out", "out", preexec_fn=limit)
-    assert "File too large" in survives(finished, before, process)
-
-
-def test_a_full_tmpfs(finished, tmp_path):
+def test_a_full_tmpfs(finished, robench, monkeypatch, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(f"mount -t tmpfs -o size=32m tmpfs '{disk}'", shell=True,
@@ -323,12 +335,12 @@ def test_a_full_tmpfs(finished, tmp_path):
         free = os.statvfs(disk)
         (disk / "filler").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 40_000))
         before = contents(disk / "out")
-        process = start(disk, *MORE, "--out", "out")
-        assert "No space left on device" in survives(disk / "out", before, process)
+        done = robench(*MORE, "--out", disk / "out")
+        assert "No space left on device" in done.err
+        survives(disk / "out", before, done)
         (disk / "filler").unlink()
-        process = start(disk, *MORE, "--out", "out")
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        done = robench(*MORE, "--out", disk / "out")
+        assert done.code == 0, done.err
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
