@@ -14,6 +14,7 @@ from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
 from robench.attacks.fused import Fused, fused
 from robench.attacks.local import Change, Local, Proposals
+from robench.attacks.memory import Batches
 from robench.attacks.verify import full_precision
 from robench.attacks.windows import separate
 
@@ -22,6 +23,7 @@ Precision = Literal["exact", "bf16", "ieee"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # The one batch shape of `ieee`: kernels, and with them the last bits, depend on the shape.
 MICRO_BATCH = 32
+_SHORT = ", short of memory: "
 
 
 class Network:
@@ -36,7 +38,7 @@ class Network:
 
     Attributes:
         forwards, backwards: images passed so far; the padding of `ieee` is not counted.
-        prepared: what was done to the model, for the record.
+        prepared: what was done to the model, and what did not fit, for the record.
         batch: images that a pass should have, for a stepper that has the choice; the pool's slots.
     """
 
@@ -59,6 +61,11 @@ class Network:
         self._format = memory_format(self._model)
         self._sample = sample[:1].to(self._dtype or sample.dtype)
         self._local: Local | None = None
+
+    def fits(self, batch: int) -> None:
+        """Take note that no more than `batch` images at a time fit into memory."""
+        self.batch = batch
+        self.prepared = f"{self.prepared.partition(_SHORT)[0]}{_SHORT}{batch} at a time"
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W); no graph is built."""
@@ -139,11 +146,13 @@ def searching(precision: Precision) -> Iterator[None]:
 
 
 def in_micro_batches(model: Classifier) -> Classifier:
-    """The model without gradients, each pass in padded batches of one shape, as in `ieee`."""
+    """The model without gradients, each pass in padded batches of one shape, as in `ieee`; of a
+    smaller one where that does not fit into memory."""
+    fitting = Batches(MICRO_BATCH)
 
     @torch.no_grad()
     def logits(x: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in _micro_batches(x)])[: len(x)]
+        return torch.cat([fitting(model, part) for part in _micro_batches(x)])[: len(x)]
 
     return logits
 

@@ -16,9 +16,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from robench.attacks.memory import Batches
 from robench.attacks.network import Network
 from robench.attacks.noise import StreamNoise, stream_keys
 from robench.attacks.threat import ThreatModel
+from robench.signals import at_steps
+from robench.signals import step as signal_step
 
 State = dict[str, Tensor]  # every tensor has the leading dimension of the units
 
@@ -204,7 +207,7 @@ class Pool:
 
     Args:
         todo: (image, number) of each unit, in this order.
-        slots: units in flight.
+        slots: units in flight; halved, as often as it takes, where they do not fit into memory.
         seed: of the search; each stepper, restart and image has its own stream of it.
         waiting: units that were under way when an earlier pool stopped; not among todo.
     """
@@ -215,7 +218,7 @@ class Pool:
         waiting: Units | None = None,
     ) -> None:
         self._stepper, self._net, self._images, self._board = stepper, net, images, board
-        self._slots, self._seed = slots, seed
+        self._batches, self._seed = Batches(slots), seed
         net.batch = slots  # of a stepper that has the choice
         self._queue = deque(todo)
         self._claims: list[_Claim] = []
@@ -226,7 +229,14 @@ class Pool:
         self._fallen = False  # since the units in flight were last looked through
 
     def run(self) -> bool:
-        """True when every unit has ended, False when the board stopped it."""
+        """True when every unit has ended, False when the board stopped it.
+
+        A signal is handled after a step, when the board has had its tick.
+        """
+        with at_steps():
+            return self._run()
+
+    def _run(self) -> bool:
         while True:
             flying = self._flying = self._filled()
             if flying is None:
@@ -234,7 +244,9 @@ class Pool:
                     return True
                 self._confirm()
                 continue
-            step = self._stepper.step(self._net, flying)
+            step = self._advance(flying)
+            if step is None:
+                continue
             flying.step += step.steps
             # What is no number is no correct answer: full precision will tell.
             margin = step.margin.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -247,6 +259,20 @@ class Pool:
                 if self._claims:
                     self._confirm()
                 return False
+            signal_step()
+
+    def _advance(self, flying: Units) -> Step | None:
+        """A step of all units; None if they do not fit into memory, and fewer are to fly."""
+        net, step = self._net, cast(Step | None, None)
+        state, passes = dict(flying.state), (net.forwards, net.backwards)
+        with self._batches.fitted():
+            step = self._stepper.step(net, flying)
+        if step is None:  # the step was not taken
+            net.forwards, net.backwards = passes
+            flying.state, self._flying = state, None
+            self._waiting.append(flying)
+            net.fits(self._batches.size)
+        return step
 
     def under_way(self) -> Units | None:
         """Copies of the units that have begun and not ended, without those whose claim waits."""
@@ -262,9 +288,10 @@ class Pool:
         self._fallen = False
         if flying is not None and len(flying):
             parts = [flying]
-        room = self._slots - sum(map(len, parts))
+        slots = self._batches.size
+        room = slots - sum(map(len, parts))
         if room > 0 and self._claims and (
-            sum(len(c.candidate) for c in self._claims) >= self._slots // 4
+            sum(len(c.candidate) for c in self._claims) >= slots // 4
             or len(self._queue) < room
         ):
             self._flying = flying
@@ -273,6 +300,10 @@ class Pool:
         while room > 0 and self._waiting:
             units = self._waiting.pop()
             units = units.take(self._board.standing[units.image])
+            if len(units) > room:
+                rows = torch.arange(len(units), device=units.y.device)
+                self._waiting.append(units.take(rows[room:]))
+                units = units.take(rows[:room])
             parts.append(units)
             room -= len(units)
         fresh = self._next(room)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import Classifier, frozen
+from robench.attacks.memory import Batches
 from robench.attacks.network import Network, Precision, in_micro_batches, searching
 from robench.attacks.noise import image_ids
 from robench.attacks.pool import Images
@@ -58,8 +59,13 @@ def prepared(
         logits = clean_logits(model, x) if logits is None else logits
         others = logits.scatter(1, y[:, None], -torch.inf)
         ranked = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        net: Network | None = None
+        sample = Batches(8)
+        while net is None:
+            with sample.fitted():
+                net = Network(model, precision, x[: sample.size])
         yield Prepared(
-            net=Network(model, precision, x[:8]),
+            net=net,
             judge=padded if precision == "ieee" else model,
             images=Images(x, y, ranked, image_ids(x)),
             correct=logits.argmax(1) == y,
@@ -76,11 +82,13 @@ def auto_slots(net: Network, x: Tensor, units: int) -> int:
     """
     if x.device.type != "cuda":
         return max(16, min(64, len(x)))
-    size, passes = 32, (net.forwards, net.backwards)
-    while size < min(4096, units) and _takes(net, x, size) < _free(x.device) / 4:
-        size *= 2  # which takes twice as much
+    batches, passes = Batches(32), (net.forwards, net.backwards)
+    with batches.fitted():
+        while (batches.size < min(4096, units)
+               and _takes(net, x, batches.size) < _free(x.device) / 4):
+            batches.size *= 2  # which takes twice as much
     net.forwards, net.backwards = passes
-    return size
+    return batches.size
 
 
 def _takes(net: Network, x: Tensor, size: int) -> int:

@@ -25,6 +25,7 @@ from robench.attacks.prepare import Prepared, auto_slots, prepared
 from robench.attacks.state import read_state, units_of, write_state
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
+from robench.signals import waiting
 
 FORMAT = 3  # of the state file: counts up when a stepper's state changes
 STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
@@ -213,7 +214,7 @@ class Search:
         self._seconds = [0.0] * len(self._stages)
         self._costs = [s.stepper.steps * u * s.share
                        for s, u in zip(self._stages, units, strict=True)]
-        self._slots = self._slots or auto_slots(self._net, self._x, n * max(units))
+        self._net.batch = self._slots or auto_slots(self._net, self._x, n * max(units))
         self._identity = self._describe(images)
         self._fingerprint = ready.fingerprint.cpu().numpy()
         self._load(images)
@@ -226,10 +227,9 @@ class Search:
                 self.judge(rows, self._starts[rows].to(self._x))
         for index, stage in enumerate(self._stages):
             self._stage, self._lap = index, time.perf_counter()
-            assert self._slots is not None
-            todo, waiting = self._todo()
-            complete = Pool(stage.stepper, self._net, images, self, todo, slots=self._slots,
-                            seed=self._seed, waiting=waiting).run()
+            todo, begun = self._todo()
+            complete = Pool(stage.stepper, self._net, images, self, todo, slots=self._net.batch,
+                            seed=self._seed, waiting=begun).run()
             self._count_seconds()
             if not complete:
                 return
@@ -250,16 +250,16 @@ class Search:
         """
         chosen = self._chosen[self._stage] & (self._fell_to == STANDS)
         left = ~self._ended[self._stage] & chosen[:, None]
-        waiting = None
+        begun = None
         if self._under_way is not None and self._under_way[0] == self._stage:
             units = self._under_way[1]
             image, number = units.image.cpu().numpy(), units.number.cpu().numpy()
             rows = np.flatnonzero(left[image, number])
             left[image, number] = False
             if len(rows):
-                waiting = units.take(torch.from_numpy(rows).to(units.image.device))
+                begun = units.take(torch.from_numpy(rows).to(units.image.device))
         number, image = np.nonzero(left.T)
-        return list(zip(image.tolist(), number.tolist(), strict=True)), waiting
+        return list(zip(image.tolist(), number.tolist(), strict=True)), begun
 
     def _passed(self) -> npt.NDArray[np.int64]:
         return np.array([self._net.forwards, self._net.backwards], dtype=np.int64)
@@ -285,11 +285,11 @@ class Search:
         rows = torch.from_numpy(first).to(image.device)
         self._x_adv[image[rows]] = candidate[rows]
         self._standing[image[rows]] = False
-        self._fell_to[names[first]] = self._stage
         distance = verdict.distance[rows].cpu().numpy()
         if threat != self._attack.threat:  # of a union: the same share of its eps
             distance *= self._attack.threat.eps / threat.eps
         self._distance[names[first]] = distance
+        self._fell_to[names[first]] = self._stage  # last: what is saved must be whole
         return fooled
 
     def ended(self, image: Tensor, number: Tensor, last: Tensor) -> None:
@@ -300,7 +300,7 @@ class Search:
     def tick(self, under_way: Callable[[], Units | None]) -> bool:
         now = time.monotonic()
         out_of_time = self._deadline is not None and now >= self._deadline
-        if out_of_time or now - self._saved >= max(self.save_every, 20 * self._saving):
+        if out_of_time or waiting() or now - self._saved >= max(self.save_every, 20 * self._saving):
             units = under_way() if self._file is not None else None
             self._under_way = None if units is None else (self._stage, units)
             self.save()
@@ -379,7 +379,7 @@ class Search:
             distance=self._distance, violations=self._violations, forwards=int(passes[0]),
             backwards=int(passes[1]), seconds=tuple(self._seconds),
             open=int((stands & np.logical_or.reduce(unended)).sum()),
-            prepared=self._net.prepared, slots=self._slots or 0,
+            prepared=self._net.prepared, slots=self._net.batch,
             sampled=self._sampled(),
         )
 

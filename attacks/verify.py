@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import Classifier, frozen
+from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel
 
 # What float32 rounding may add to a distance, as a share of eps (ECOSYSTEM check `in-ball`),
@@ -61,7 +62,7 @@ def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threa
     )
     with frozen(model), full_precision():
         images = x_adv if x_adv.dtype == torch.float64 else x_adv.float()
-        logits = model(images)
+        logits = Batches(max(1, len(images)))(model, images)
     # A model that answers NaN recognizes nothing: robustness must not come from that.
     wrong = (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)
     return Verdict(wrong & ~outside, distance, outside)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from robench.attacks.memory import out_of_memory
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.checkpoints import CellFolder, Header, load_checkpoint, weights_sha256
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
 from robench.benchmark.logs import Run, Several, TrainingCsv, find_watcher, start_watcher
 from robench.benchmark.models import source_hash
+from robench.benchmark.probe import advice
 from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update, relayed
 from robench.benchmark.recipe import (
     ModelSpec,
@@ -82,14 +84,15 @@ class Cell:
         try:
             content = json.loads(path.read_text())
             history = [EpochLog.read(log) for log in content["history"]]
-            return Result(content["seconds"], history, content.get("devices", 1))
+            return Result(float(content["seconds"]), history, int(content.get("devices", 1)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except Exception:  # damaged bytes may raise anything in a parser
             raise UsageError(f"{path} is damaged: delete {self.folder} to train again") from None
 
     def network(self, checkpoint: str, device: torch.device) -> tuple[nn.Module, Header]:
-        net, header = load_checkpoint(self.folder / f"{checkpoint}.safetensors")
+        net, header = load_checkpoint(self.folder / f"{checkpoint}.safetensors",
+                                      self.spec.model.name)
         return net.to(device), header
 
     def teacher_seconds(self) -> float:
@@ -335,26 +338,39 @@ def _train(
         data, held_out = hold_out(data, config.validation)
     data = data.take(min(cell.spec.train_limit or len(data), len(data))).to(device)
     selection = {"val": held_out, "test": dataset.test, "last": None}[config.select]
-    nets = dict(cell.teacher_networks(device))
-    for name in cell.defense.trained:
-        with seeded(seed, "init", name):
-            nets[name] = cell.header.build().to(device)
-    keeper = cell.keeper(device)
-    with reporter.task(f"train {cell.label}") as update:
-        history = fit(
-            cell.defense,
-            nets,
-            (data.x, data.y),
-            config,
-            threat=ThreatModel.parse(cell.spec.threat),
-            keeper=keeper,
-            selection=None if selection is None else (selection.x.to(device),
-                                                      selection.y.to(device)),
-            augment=dataset.augment,
-            seed=seed,
-            watcher=_watcher(cell, keeper, len(data), update, reporter) if team.leads else None,
-            team=team,
-        )
+    keeper, fitted = cell.keeper(device), True
+
+    def networks() -> dict[str, nn.Module]:
+        nets = dict(cell.teacher_networks(device))
+        for name in cell.defense.trained:
+            with seeded(seed, "init", name):
+                nets[name] = cell.header.build().to(device)
+        return nets
+
+    try:
+        with reporter.task(f"train {cell.label}") as update:
+            history = fit(
+                cell.defense,
+                networks(),
+                (data.x, data.y),
+                config,
+                threat=ThreatModel.parse(cell.spec.threat),
+                keeper=keeper,
+                selection=None if selection is None else (selection.x.to(device),
+                                                          selection.y.to(device)),
+                augment=dataset.augment,
+                seed=seed,
+                watcher=_watcher(cell, keeper, len(data), update, reporter) if team.leads
+                else None,
+                team=team,
+            )
+    except Exception as error:
+        fitted = team.size > 1 or not out_of_memory(error)
+        if fitted:
+            raise
+    if not fitted:  # here the error has let go of the tensors
+        raise TrainingFailed(f"out of memory with batches of {config.batch_size}; "
+                             + advice(cell.spec, cell.defense, networks, (data.x, data.y)))
     if team.leads:
         keeper.write_json("done.json", {"seconds": sum(log.seconds for log in history),
                                         "history": [asdict(log) for log in history],

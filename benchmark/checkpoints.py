@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header | None:
         return None if text is None else Header.model_validate_json(text)
     except ValidationError:
         raise UsageError(f"{path}: its robench header is damaged or of another version") from None
-    except (safetensors.SafetensorError, OSError) as error:
+    except Exception as error:  # damaged bytes may raise anything in a parser
         raise UsageError(_unreadable(path, error)) from None
 
 
@@ -121,7 +121,12 @@ def load_weights(net: nn.Module, path: Path) -> None:
     The prefix of DataParallel and the dead `sub_block1` of TRADES' WideResNet are ignored unless
     the network has such names itself. Raises UsageError naming the first difference.
     """
-    own, weights = net.state_dict(), read_weights(path)
+    net.load_state_dict(_fitting(net, read_weights(path), path))
+
+
+def _fitting(net: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Those that the network has; see load_weights."""
+    own = net.state_dict()
     if not any(name.startswith("module.") for name in own):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items()
@@ -140,16 +145,27 @@ def load_weights(net: nn.Module, path: Path) -> None:
             f"{path} does not fit {type(net).__name__}: {what} "
             f"({len(missing)} missing, {len(extra)} unknown, {len(shapes)} of another shape)"
         )
-    net.load_state_dict(weights)
+    return weights
 
 
-def load_checkpoint(path: Path) -> tuple[nn.Module, Header]:
-    """A network that robench saved, in eval mode. Raises UsageError."""
+def load_checkpoint(path: Path, model: str | None = None) -> tuple[nn.Module, Header]:
+    """A network that robench saved, in eval mode.
+
+    model: a package.module:factory that the caller knows the network by. A file may name such
+    code, but does not have it run. Raises UsageError.
+    """
     header = read_header(path)
     if header is None:
         raise UsageError(f"{path} does not say which network it holds: add --model NAME")
+    name, weights = header.model.name, read_weights(path)
+    if not header.model.is_foreign:
+        with torch.device("meta"):  # a header that asks for too much gets no memory
+            _fitting(header.build(), weights, path)
+    elif name != model:
+        raise UsageError(f"{path} was made with code, {name!r}, which a file cannot have run: "
+                         "if you trust it, name it yourself with --model")
     net = header.build()
-    load_weights(net, path)
+    net.load_state_dict(_fitting(net, weights, path))
     return net.eval(), header
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robench.attacks.base import Classifier, frozen
+from robench.attacks.memory import out_of_memory
 from robench.errors import UsageError, one_line
 
 
@@ -20,12 +21,17 @@ def check_logits(model: Classifier, x: Tensor, y: Tensor) -> tuple[str, ...]:
         try:
             logits, again = model(x), model(x)
         except Exception as error:  # a user's code may raise anything
+            if out_of_memory(error) and len(x) > 1:
+                return check_logits(model, x[: len(x) // 2], y)
             raise UsageError(f"the model cannot take images of shape {tuple(x.shape)}: "
                              f"{one_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the model must return logits (N, K) for images (N, C, H, W), "
                          f"not {shape}")
+    if logits.shape[1] < 2:
+        raise UsageError("the model has one output: it needs a logit for each of two classes or "
+                         "more")
     check_finite(logits)
     if int(y.max()) >= logits.shape[1]:
         raise UsageError(f"the model has {logits.shape[1]} outputs, but there are labels up to "

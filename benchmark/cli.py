@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import click
@@ -34,7 +35,11 @@ for _command in (run, evaluate, check, baseline, parity, verify, speed, landscap
 
 
 def main() -> None:
-    """Entry point: every expected error is one line on stderr and an exit code."""
+    """Entry point: every expected error is one line on stderr and an exit code.
+
+    Schedulers end a job with SIGTERM; it stops a command as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(cli.main(prog_name="robench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -46,5 +51,7 @@ def main() -> None:
         message, code = " ".join(str(error).split()), error.exit_code
     except (KeyboardInterrupt, click.Abort):
         message, code = "interrupted; run the same command again to go on", INTERRUPTED
-    click.echo(f"robench: {message}", err=True)
+    # Names from files are in it: none may move the cursor or color the terminal.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    click.echo(f"robench: {text}", err=True)
     sys.exit(code)

@@ -39,11 +39,11 @@ def crossings(
     seeds = Counter(subject.facts["seed"] for subject in subjects.values())
     if max(seeds.values(), default=0) < 2:
         raise UsageError("name two networks or more that were trained with one seed")
-    found = [
+    found = (
         _crossing(subject, bench, {key: other for key, other in subjects.items()
                                    if other.facts["seed"] == subject.facts["seed"]})
         for subject in subjects.values()
-    ]
+    )
     return write(spec.out, "crossings", found, _identity)
 
 

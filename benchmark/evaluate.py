@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.base import Attack, Classifier, memory_format
+from robench.attacks.memory import Batches
 from robench.attacks.prepare import clean_logits
 from robench.attacks.search import Found, Pooled, Search
 from robench.attacks.search import Progress as SearchProgress
@@ -276,6 +277,7 @@ def _batched(
     size = target.batch_size or BATCH
     kept = _load_partial(partial, target.correct[:n], target.fingerprint, size)
     done, robust, seconds, farthest, violations, notes = kept
+    batches = Batches(size)
     for start in range(done, n, size):
         if deadline is not None and time.monotonic() >= deadline:
             break
@@ -287,7 +289,7 @@ def _batched(
             x, y = x[todo], y[todo]
             # In TF32 an attack would stop at examples that fp32 does not confirm.
             with seeded(seed, "attack", spec.label, start), full_precision():
-                x_adv = attack(target.model, x, y)
+                x_adv = batches(lambda x, y: attack(target.model, x, y), x, y)
             notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
             verdict = verify(target.model, x, x_adv, y, threat)
             robust[start:done][todo.cpu().numpy()] = ~verdict.fooled.cpu().numpy()
@@ -299,6 +301,9 @@ def _batched(
                       violations=violations, batch_size=size, fingerprint=target.fingerprint,
                       notes=np.array(notes, dtype=str))
         progress(done / n, f"robust {int(robust[:done].sum())}/{done}")
+    if batches.halved:
+        notes.append(f"memory: only {batches.size} images at a time fitted; what this attack draws "
+                     "at random depends on it")
     return Measurement(
         attack=spec,
         config=attack_config(attack, target.classes),

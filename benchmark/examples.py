@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from robench.attacks.base import Classifier
@@ -18,7 +18,7 @@ from robench.benchmark.data import Images
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import load_network
 from robench.benchmark.spec import RunSpec
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 from robench.files import write_atomic
 
 
@@ -49,8 +49,8 @@ class Examples:
                 facts = file.metadata() or {}
                 found = cls(file.get_tensor("image"), file.get_tensor("x_adv"),
                             facts["threat"], facts["data_sha256"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UsageError(f"{path} holds no adversarial examples ({error})") from None
+        except Exception as error:  # damaged bytes may raise anything in a parser
+            raise UsageError(f"{path} holds no adversarial examples ({one_line(error)})") from None
         shapes = found.image.dtype == torch.int64 and found.x_adv.is_floating_point()
         if not (shapes and found.image.ndim == 1 and found.x_adv.ndim == 4
                 and len(found.image) == len(found.x_adv)):

@@ -15,6 +15,7 @@ from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import RunSpec
 from robench.errors import Partial, RobenchError
+from robench.files import locked
 from robench.reports import render
 from robench.reports.record import Record
 from robench.reports.store import RECORDS, Results, anchored, load
@@ -40,7 +41,18 @@ def evaluate_external(
         matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
     networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                 for source in dict.fromkeys(sources)]
-    records: list[Record] = []
+    with locked(spec.out):
+        results = _evaluated(matrix, networks)
+    if matrix.failures:
+        raise RobenchError("; ".join(matrix.failures))
+    if matrix.partial:
+        raise Partial("; ".join(matrix.partial) + "; run the same command again to go on", results)
+    return results
+
+
+def _evaluated(matrix: Matrix, networks: list[Network]) -> Results:
+    """The records of the networks, with what was evaluated into the folder before; written."""
+    spec, records = matrix.spec, list[Record]()
     for network in networks:
         net = network.net.to(matrix.device)
         check_logits(net, matrix.probe, matrix.test.y)
@@ -48,16 +60,12 @@ def evaluate_external(
         pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in matrix.attacks]
         records += matrix.attack(subject, pairs, spec.seeds[0])
     results = anchored(Results(records), spec.out)
-    if (spec.out / RECORDS).exists():  # what was evaluated into this folder before stays
+    if (spec.out / RECORDS).exists():
         earlier = load([spec.out])
         again = {_identity(record) for record in records}
         kept = [record for record in earlier.records if _identity(record) not in again]
         results = replace(earlier, records=[*kept, *results.records])
     render(results, spec.out)
-    if matrix.failures:
-        raise RobenchError("; ".join(matrix.failures))
-    if matrix.partial:
-        raise Partial("; ".join(matrix.partial) + "; run the same command again to go on", results)
     return results
 
 

@@ -16,7 +16,7 @@ S = TypeVar("S", bound=Survey)
 def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
     """The record of an earlier run, if the network still gives the same logits."""
     try:
-        record = Record.model_validate_json(path.read_text())
+        record = Record.model_validate_json(path.read_bytes())
         same = alike(record.fingerprint, fingerprint)
         return record if same and path.with_suffix(".npz").exists() else None
     except (OSError, ValidationError):  # not there, or damaged: measure again
@@ -25,7 +25,7 @@ def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
 
 def kept_transfers(path: Path) -> list[Transfer] | None:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
         return [Transfer.model_validate_json(line) for line in lines] or None
     except (OSError, ValidationError):
         return None
@@ -34,7 +34,7 @@ def kept_transfers(path: Path) -> list[Transfer] | None:
 def kept_survey(path: Path, kind: type[S], fingerprint: tuple[float, ...]) -> S | None:
     """The survey of an earlier run, if the network still gives the same logits."""
     try:
-        survey = kind.model_validate_json(path.read_text())
+        survey = kind.model_validate_json(path.read_bytes())
         return survey if alike(survey.fingerprint, fingerprint) else None
     except (OSError, ValidationError):
         return None

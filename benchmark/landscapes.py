@@ -34,7 +34,7 @@ def landscapes(
     line. Other results in the folder stay. Returns all that the folder holds. Raises like `eval`.
     """
     bench = Bench.create(sources, spec, LIMIT, split=split, zoo=zoo, quiet=quiet)
-    found = [_landscape(network, bench, survey) for network in bench.networks]
+    found = (_landscape(network, bench, survey) for network in bench.networks)
     return write(spec.out, "landscapes", found, _identity)
 
 
@@ -82,8 +82,8 @@ class Begun(BaseModel):
     def read(cls, path: Path, fingerprint: tuple[float, ...]) -> Begun:
         """Nothing if it is not there, damaged, or of a network that gives other logits."""
         try:
-            begun = cls.model_validate_json(path.read_text())
-        except (OSError, UnicodeDecodeError, ValidationError):
+            begun = cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             return cls()
         return begun if alike(begun.fingerprint, fingerprint) else cls()
 

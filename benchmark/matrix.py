@@ -31,8 +31,8 @@ from robench.benchmark.sources import Network, load_network, pick_device
 from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
 from robench.benchmark.transfer import crafting, rob_f
 from robench.defenses.trainer import TrainingFailed
-from robench.errors import RobenchError, UsageError, one_line
-from robench.files import write_atomic
+from robench.errors import DiskError, RobenchError, UsageError, one_line
+from robench.files import locked, write_atomic
 from robench.reports import render
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results, anchored
@@ -113,8 +113,12 @@ class Matrix:
                 raise UsageError(f"{attack.label} has several threat models: it {otherwise}")
 
     def run(self) -> Results:
-        spec = self.spec
         cells, rows = self.plan()
+        with locked(self.spec.out):
+            return self._run(cells, rows)
+
+    def _run(self, cells: list[Cell], rows: list[Cell]) -> Results:
+        spec = self.spec
         todo = [cell for cell in cells if cell.result() is None]
         self.reporter.say(
             f"{len(rows)} rows, {len(cells)} trainings ({len(cells) - len(todo)} finished before), "
@@ -160,7 +164,8 @@ class Matrix:
         if source is None:
             return None
         path = Path(source)
-        named = path.suffix == ".safetensors" and read_header(path) is not None
+        header = read_header(path) if path.suffix == ".safetensors" else None
+        named = header is not None and header.model.name != self.spec.model
         teacher = load_network(source, self.dataset, self.threat,
                                model=None if named else self.spec.model)
         check_logits(teacher.net, self.test.x[:2], self.test.y)
@@ -252,7 +257,7 @@ class Matrix:
                 **({"robench": robench.__version__} if size is None else {}),
                 **({"starts": self.starts_sha256} if self.starts is not None else {}),
             }
-            path = subject.folder / f"{_slug(spec.label)}-{digest(identity)}.json"
+            path = subject.folder / f"{spec.slug}-{digest(identity)}.json"
             yield spec, threat, role, path
 
     def attack(self, subject: Subject, pairs: list[Pair], seed: int) -> Iterator[Record]:
@@ -303,6 +308,8 @@ class Matrix:
                 m = measure(target, spec, threat, seed=seed, partial=partial, progress=update,
                             deadline=self.deadline, keep=self.spec.keep_examples,
                             starts=self.starts)
+        except DiskError:  # nothing could be kept from here on
+            raise
         except Exception as error:  # third-party attacks raise whatever they like
             reason = one_line(error)
             self.failures.append(f"{subject.label}, {spec.label}: {reason}")
@@ -389,7 +396,3 @@ class Matrix:
             )
             for log in result.history
         ]
-
-
-def _slug(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-=." else "_" for c in label)[:80]

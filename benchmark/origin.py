@@ -75,6 +75,6 @@ def _cell(network: Network) -> CellSpec | None:
 
 def _spec(folder: Path) -> CellSpec | None:
     try:
-        return CellSpec.model_validate_json((folder / "spec.json").read_text())
+        return CellSpec.model_validate_json((folder / "spec.json").read_bytes())
     except (OSError, UnicodeDecodeError, ValidationError):
         return None

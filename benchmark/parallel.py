@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import util
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 
 import torch
@@ -25,6 +29,7 @@ from robench.benchmark.spec import RunSpec
 from robench.defenses.launch import die_with_parent
 from robench.errors import RobenchError, UsageError
 
+PATIENCE = 10.0  # seconds that a worker has for the step it is at when it is told to end
 _matrix: Matrix  # of this worker process
 _cells: dict[str, Cell]
 
@@ -70,36 +75,63 @@ def _pool(spec: RunSpec, reporter: Reporter) -> Iterator[ProcessPoolExecutor]:
         # spawn: a forked child inherits torch's thread pools in an unusable state
         pool = ProcessPoolExecutor(spec.jobs, multiprocessing.get_context("spawn"),
                                    initializer=_start, initargs=(spec, threads, messages))
-        others, finished = set(multiprocessing.active_children()), False
+        others = set(multiprocessing.active_children())
         try:
             yield pool
-            finished = True
-        except BrokenProcessPool:
-            raise RobenchError("a worker process died, perhaps for want of memory; what is "
-                               "finished is kept: run it again with --jobs 1") from None
+        except BaseException as error:  # nobody waits for what the workers are doing now
+            _end(set(multiprocessing.active_children()) - others)
+            if isinstance(error, BrokenProcessPool):
+                raise RobenchError("a worker process died, perhaps for want of memory; what is "
+                                   "finished is kept: run it again with --jobs 1") from None
+            raise
         finally:
-            if not finished:  # nobody waits for what the workers are doing now
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()
-            pool.shutdown(wait=finished, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+
+
+def _end(workers: Iterable[BaseProcess]) -> None:
+    """None of the workers is left: they may keep what they have, those that hang lose it."""
+    for worker in workers:
+        worker.terminate()
+    last = time.monotonic() + PATIENCE
+    for worker in workers:
+        worker.join(max(0.0, last - time.monotonic()))
+        worker.kill()
+        worker.join()
 
 
 def _start(spec: RunSpec, threads: int, messages: Queue[Message]) -> None:
     global _matrix, _cells
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent, too, who ends us
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _matrix = Matrix(spec, Remote(messages))
     _cells = {cell.spec.key(): cell for cell in _matrix.plan()[0]}
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _task() -> Iterator[None]:
+    """What fails is left to the parent; told to end, the process does so after its step."""
+    try:
+        with contextlib.suppress(RobenchError):
+            yield
+    except SystemExit:  # which the pool would take for the result
+        util._exit_function()
+        os._exit(1)
 
 
 def _train(key: str) -> int:
-    with contextlib.suppress(RobenchError):
+    with _task():
         _matrix.train(_cells[key])
     return 0
 
 
 def _attack(key: str, checkpoint: str) -> int:
     before = _matrix.measured
-    with contextlib.suppress(RobenchError):
+    with _task():
         _matrix.records(_cells[key], checkpoint)
     return _matrix.measured - before

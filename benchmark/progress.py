@@ -150,8 +150,9 @@ def relayed(reporter: Reporter) -> Iterator[Queue[Message]]:
     try:
         yield messages
     finally:
+        messages.cancel_join_thread()  # who was killed while it wrote may have left it closed
         messages.put(("end", None, None, None))
-        screen.join()
+        screen.join(5)
 
 
 class EpochWatcher(Watcher):

@@ -64,7 +64,7 @@ def _from_file(
         if (header.classes, header.channels) != (len(dataset.classes), dataset.channels):
             raise UsageError(f"{path} was trained on {header.dataset} ({header.classes} classes, "
                              f"{header.channels} channels) and does not fit this data set")
-        net, _ = load_checkpoint(path)
+        net, _ = load_checkpoint(path, model)
         return Network(net, str(path), str(header.model), header)
     if model is None:
         if not path.exists():

@@ -27,6 +27,8 @@ from robench.benchmark.recipe import ModelSpec, explain
 from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 
+MOST = 10_000  # values in the YAML of a user
+
 
 def digest(content: Any, length: int = 12) -> str:
     """The first hex digits of the SHA-256 of canonical JSON."""
@@ -34,11 +36,34 @@ def digest(content: Any, length: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+def _plain(text: str) -> Any:
+    """What YAML says, if it is plain values, at most MOST of them. Raises ValueError."""
+    try:
+        value = yaml.safe_load(text)
+    except Exception as error:  # also of dates, of huge numbers, and of what is nested too deep
+        raise ValueError(re.sub(r"\s+", " ", str(error))[:200]) from None
+    todo, seen = [value], 0
+    while todo:  # references are unfolded: a few lines can mean billions of values
+        item, seen = todo.pop(), seen + 1
+        if seen > MOST:
+            raise ValueError(f"it holds more than {MOST} values")
+        if isinstance(item, dict):
+            todo += [*item, *item.values()]
+        elif isinstance(item, list):
+            todo += item
+        elif isinstance(item, str):
+            if "\0" in item or any("\ud800" <= c <= "\udfff" for c in item):
+                raise ValueError("it holds half a character, or a zero byte")
+        elif not isinstance(item, int | float | None):
+            raise ValueError(f"it holds a {type(item).__name__}")
+    return value
+
+
 def parse_value(text: str, where: str) -> Any:
     """The value in KEY=VALUE, as YAML. Raises UsageError that names `where`."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _plain(text)
+    except ValueError:
         raise UsageError(f"{where}: cannot read the value {text!r}") from None
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -77,6 +102,11 @@ class AttackSpec(BaseModel):
     def label(self) -> str:
         """The name in tables; options are part of it, the number of images is not."""
         return ",".join([self.name, *(f"{k}={v}" for k, v in sorted(self.options.items()))])
+
+    @property
+    def slug(self) -> str:
+        """The label as a part of a file's name."""
+        return "".join(c if c.isalnum() or c in "-=." else "_" for c in self.label)[:80]
 
     def build(self, threat: ThreatModel) -> Attack:
         """Raises UsageError for an unknown name or option."""
@@ -184,12 +214,11 @@ class RunSpec(BaseModel):
 def read_config(path: Path) -> dict[str, Any]:
     """The YAML of --config. Raises UsageError if it is not a mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _plain(path.read_text())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = re.sub(r"\s+", " ", str(error))[:200]
-        raise UsageError(f"{path} is not valid YAML: {text}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings, one `name: value` a line")
     values = {_PLURALS.get(name, name): value for name, value in values.items()}

@@ -53,7 +53,7 @@ def over_steps(
     if steps < 1:
         raise UsageError(f"steps must be >= 1, not {steps}")
     bench = Bench.create(sources, spec, LIMIT, zoo=zoo, quiet=quiet)
-    found = [_steps(network, bench, steps) for network in bench.networks]
+    found = (_steps(network, bench, steps) for network in bench.networks)
     return write(spec.out, "steps", found, _identity)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +16,7 @@ from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import RunSpec
+from robench.files import locked
 from robench.reports import Results, load, render
 from robench.reports.record import Survey
 from robench.reports.store import RECORDS
@@ -74,13 +75,16 @@ def attack_facts(attack: Ascent) -> dict[str, Any]:
         "steps": attack.steps, "step_size": attack.step_size, "start": attack.start}}
 
 
-def write(out: Path, field: str, found: Sequence[S], identity: Callable[[S], object]) -> Results:
+def write(out: Path, field: str, found: Iterable[S], identity: Callable[[S], object]) -> Results:
     """Write the reports of all that a folder holds, in which `found` takes the place of earlier
-    surveys of the same identity in that field of Results."""
-    earlier = load([out]) if (out / RECORDS).exists() else Results()
-    again = {identity(one) for one in found}
-    kept = [one for one in getattr(earlier, field) if identity(one) not in again]
-    changed: dict[str, Any] = {field: [*kept, *found]}
-    results = replace(earlier, **changed)
-    render(results, out)
+    surveys of the same identity in that field of Results. Nobody else works in the folder while
+    they are made."""
+    with locked(out):
+        made = list(found)
+        earlier = load([out]) if (out / RECORDS).exists() else Results()
+        again = {identity(one) for one in made}
+        kept = [one for one in getattr(earlier, field) if identity(one) not in again]
+        changed: dict[str, Any] = {field: [*kept, *made]}
+        results = replace(earlier, **changed)
+        render(results, out)
     return results

@@ -12,7 +12,7 @@ from torch import nn
 from robench.defenses.averaging import Average
 from robench.defenses.config import TrainConfig
 from robench.defenses.history import STUDENT, EpochLog, is_best
-from robench.errors import UsageError
+from robench.errors import UsageError, one_line
 
 
 class Keeper(Protocol):
@@ -59,10 +59,14 @@ class Progress:
         if state.keys() != groups.keys() | {"history"}:
             raise UsageError("the unfinished training is of another version of robench: delete "
                              "its state.pt to train again")
-        for group, parts in groups.items():
-            for name, part in parts.items():
-                part.load_state_dict(state[group][name])
-        self.history[:] = [EpochLog(**log) for log in state["history"]]
+        try:
+            for group, parts in groups.items():
+                for name, part in parts.items():
+                    part.load_state_dict(state[group][name])
+            self.history[:] = [EpochLog(**log) for log in state["history"]]
+        except Exception as error:  # the names are right, what they hold is not
+            raise UsageError("the unfinished training does not fit its spec: delete its state.pt "
+                             f"to train again ({one_line(error, 120)})") from None
 
     def _parts(self) -> dict[str, Mapping[str, Any]]:
         return {"nets": self.nets, "optimizers": self.optimizers, "memory": self.memory,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from robench.attacks.base import frozen, memory_format
 from robench.attacks.gradient import PGD
+from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel
 from robench.defenses.averaging import Average, MovingAverage, WeightAverage
 from robench.defenses.base import Defense, Moment, Nets, clean_logits, take_step
@@ -287,13 +288,13 @@ def accuracies(
     net: nn.Module, data: tuple[Tensor, Tensor], attack: PGD
 ) -> tuple[float, float]:
     """Clean and attacked accuracy in [0, 1]; what is wrong when clean is not attacked."""
-    correct = robust = 0
+    correct, robust, batches = 0, 0, Batches(EVAL_BATCH)
     for start in range(0, len(data[0]), EVAL_BATCH):
         x, y = data[0][start : start + EVAL_BATCH], data[1][start : start + EVAL_BATCH]
         with frozen(net), torch.no_grad():
-            right = net(x).argmax(1) == y
+            right = batches(net, x).argmax(1) == y
             x, y = x[right], y[right]
             correct += len(x)
             if len(x):
-                robust += int((net(attack(net, x, y)).argmax(1) == y).sum())
+                robust += int((batches(net, attack(net, x, y)).argmax(1) == y).sum())
     return correct / len(data[0]), robust / len(data[0])

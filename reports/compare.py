@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from robench.errors import RobenchError
+from robench.files import unpack_arrays
 from robench.reports.grouping import AUTOATTACK, Row
 from robench.reports.record import Record
 from robench.reports.uncertainty import paired_p
 
 Flags = npt.NDArray[np.bool_]
+MOST = 1_000_000  # bytes of a file of flags that are not flags
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,16 @@ def survival(record: Record) -> tuple[Flags, Flags] | None:
     path = Path(record.flags)
     if not record.flags or not path.is_file():
         return None
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            correct, robust = arrays["correct"], arrays["robust"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    try:  # three arrays, a byte for each image or less, and the names of stages
+        arrays = unpack_arrays(path, 3 * record.n + MOST)
+        correct, robust = (arrays[name].astype(bool) for name in ("correct", "robust"))
+    except (OSError, ValueError, KeyError) as error:
         raise RobenchError(f"cannot read the survival flags {path}: {error}") from None
     if (correct.shape, robust.shape, int(robust.sum())) != (
         (record.n,), (record.n,), record.n_robust
     ):
         raise RobenchError(f"the survival flags {path} do not fit their record: evaluate again")
-    return correct.astype(bool), robust.astype(bool)
+    return correct, robust
 
 
 def _paired(row: Row, baseline: Row, attack: str) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from robench.errors import UsageError, one_line
+
 
 def to_json(tables: Mapping[str, pd.DataFrame]) -> str:
     """The text of the file, one line for each row of a table."""
@@ -31,14 +33,17 @@ def to_json(tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def from_json(text: str) -> dict[str, pd.DataFrame]:
-    """The tables of such a file, with their columns, types and values."""
-    return {
-        name: pd.DataFrame({
-            column: pd.Series([_value(row[column], kind) for row in table["rows"]], dtype=kind)
-            for column, kind in table["types"].items()
-        })
-        for name, table in json.loads(text).items()
-    }
+    """The tables of such a file, with their columns, types and values. Raises UsageError."""
+    try:
+        return {
+            name: pd.DataFrame({
+                column: pd.Series([_value(row[column], kind) for row in table["rows"]], dtype=kind)
+                for column, kind in table["types"].items()
+            })
+            for name, table in json.loads(text).items()
+        }
+    except Exception as error:  # damaged text may raise anything in pandas
+        raise UsageError(f"these are no tables of robench: {one_line(error)}") from None
 
 
 def _plain(value: Any) -> Any:

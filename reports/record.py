@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
+# What tables can hold and add up.
+Int = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Surface = Literal["weight", "weight-2d", "input"]
 
 
@@ -26,7 +29,7 @@ class Record(BaseModel):
     schema_version: Literal[1] = 1
     run: str  # key of the cell that trained the network; "" for a network from outside
     created: str  # UTC, ISO 8601
-    seed: int
+    seed: Int
     # where
     robench: str
     torch: str
@@ -35,27 +38,27 @@ class Record(BaseModel):
     # on what
     dataset: str
     split: str
-    n: int
+    n: Int
     data_sha256: str  # of exactly the images and labels evaluated
-    classes: int
+    classes: Int
     # the network
     model: str
     source: str  # "trained", or where the weights came from
-    parameters: int
+    parameters: Int
     weights_sha256: str
     fingerprint: tuple[float, ...]  # the largest logit of each of the first 8 test images
     # how it was trained
     defense: str
     defense_config: dict[str, Any]
     recipe: str
-    epochs: int
-    train_seconds: float
-    teacher_seconds: float  # training time of the teachers it needed; 0 without
-    robust_overfitting: float | None = None  # best minus last robust accuracy while training
-    catastrophic_epoch: int | None = None  # where robust accuracy collapsed; None: it did not
+    epochs: Int
+    train_seconds: Number
+    teacher_seconds: Number  # training time of the teachers it needed; 0 without
+    robust_overfitting: Number | None = None  # best minus last robust accuracy while training
+    catastrophic_epoch: Int | None = None  # where robust accuracy collapsed; None: it did not
     selection: str  # "val", "test", "none"; "unknown" for weights from outside
     checkpoint: str  # "best", "last", "swa", "swa-last", "ema", "ema-last", "peer"
-    epoch: int  # 0-based epoch of the weights; -1 if unknown
+    epoch: Int  # 0-based epoch of the weights; -1 if unknown
     notes: tuple[str, ...] = ()  # what a reader of a table must know about the recipe
     ranked: bool  # a row of the leaderboard: the checkpoint its recipe names
     baseline: bool  # asked for as --baseline
@@ -64,26 +67,32 @@ class Record(BaseModel):
     # how it was attacked
     attack: str
     attack_config: dict[str, Any]
-    attack_seed: int
+    attack_seed: Int
     threat: str  # "Linf:8/255", the key to group by
-    n_correct: int  # clean
-    n_robust: int  # correct on the clean image and not fooled
-    n_open: int = 0  # of these, images that were not attacked to the end
-    breakers: dict[str, int] = {}  # images that each part of the attack was the first to fool
-    forwards: float | None = None  # passes per attacked image; None: not counted
-    backwards: float | None = None
-    seconds: float
+    n_correct: Int  # clean
+    n_robust: Int  # correct on the clean image and not fooled
+    n_open: Int = 0  # of these, images that were not attacked to the end
+    breakers: dict[str, Int] = {}  # images that each part of the attack was the first to fool
+    forwards: Number | None = None  # passes per attacked image; None: not counted
+    backwards: Number | None = None
+    seconds: Number
     precision: str  # of the search, see robench.attacks.network; verdicts are fp32 always
     prepared: str = ""  # what the search did to the network: "batch-norm folded, ..."
-    threads: int
-    batch_size: int
-    peak_bytes: int  # of the process (CPU) or the device (CUDA)
-    max_distance: float  # of the counted examples
-    violations: int  # claimed examples outside the threat model; never counted as fooled
+    threads: Int
+    batch_size: Int
+    peak_bytes: Int  # of the process (CPU) or the device (CUDA)
+    max_distance: Number  # of the counted examples
+    violations: Int  # claimed examples outside the threat model; never counted as fooled
     warnings: tuple[str, ...]
     status: Literal["ok", "partial", "failed"]  # partial: out of time, see n_open
     error: str | None = None
     flags: str = ""  # path of the .npz with the survival flags, relative to results.jsonl
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        if not (self.n >= 1 and 0 <= self.n_open <= self.n_robust <= self.n_correct <= self.n):
+            raise ValueError("counts must be 0 <= n_open <= n_robust <= n_correct <= n, n >= 1")
+        return self
 
 
 class Transfer(BaseModel):
@@ -93,7 +102,7 @@ class Transfer(BaseModel):
 
     schema_version: Literal[1] = 1
     run: str
-    seed: int
+    seed: Int
     dataset: str
     model: str
     defense: str
@@ -103,12 +112,19 @@ class Transfer(BaseModel):
     attack: str
     attack_config: dict[str, Any]
     threat: str
-    n: int
+    n: Int
     data_sha256: str
-    clean: int  # f right on the clean image
-    self_crafted: int  # f right on x_f*: examples crafted against f itself
-    student_crafted: int  # f right on x_S*: examples crafted against the student
-    student_robust: int  # the student right on x_S*
+    clean: Int  # f right on the clean image
+    self_crafted: Int  # f right on x_f*: examples crafted against f itself
+    student_crafted: Int  # f right on x_S*: examples crafted against the student
+    student_robust: Int  # the student right on x_S*
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        counts = (self.clean, self.self_crafted, self.student_crafted, self.student_robust)
+        if not (self.n >= 1 and all(0 <= count <= self.n for count in counts)):
+            raise ValueError("counts must be from 0 to n, n >= 1")
+        return self
 
 
 class Epoch(BaseModel):
@@ -118,18 +134,18 @@ class Epoch(BaseModel):
 
     schema_version: Literal[1] = 1
     run: str
-    seed: int
+    seed: Int
     dataset: str
     model: str
     defense: str
     recipe: str
-    epoch: int  # 0-based
-    lr: float  # at the end of the epoch
-    seconds: float  # of training, without the validation
+    epoch: Int  # 0-based
+    lr: Number  # at the end of the epoch
+    seconds: Number  # of training, without the validation
     losses: dict[str, float]  # mean of every loss part, "total" among them
     selection: str  # the split behind the accuracies: "val" or "test"
-    clean: float | None  # the student's accuracy in [0, 1]; None where it was not measured
-    robust: float | None  # under the selection attack
+    clean: Number | None  # the student's accuracy in [0, 1]; None where it was not measured
+    robust: Number | None  # under the selection attack
     averages: Mapping[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
 
     @model_validator(mode="before")
@@ -150,7 +166,7 @@ class Network(BaseModel):
     model_config = _CONFIG
 
     run: str  # key of the cell that trained it; "" if it is not known
-    seed: int  # of the training
+    seed: Int  # of the training
     dataset: str
     model: str
     source: str  # where it came from
@@ -172,11 +188,11 @@ class Survey(Network):
     torch: str
     device: str
     commit: str
-    threads: int
-    seconds: float
+    threads: Int
+    seconds: Number
     # on what
     split: Literal["train", "test"]
-    n: int
+    n: Int
     data_sha256: str
     fingerprint: tuple[float, ...]
     # under what
@@ -196,7 +212,7 @@ class Landscape(Survey):
     """
 
     kind: Surface
-    direction_seed: int
+    direction_seed: Int
     alphas: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
 
@@ -216,9 +232,9 @@ class Landscape(Survey):
 class Shown(Network):
     """A network on examples crafted against another: how many of the images it gets right."""
 
-    clean: int  # on the clean image
-    right: int  # on the example, wrong when clean or not
-    kept: int  # on both
+    clean: Int  # on the clean image
+    right: Int  # on the example, wrong when clean or not
+    kept: Int  # on both
 
 
 class Crossing(Survey):
@@ -227,7 +243,7 @@ class Crossing(Survey):
     One line of crossing.jsonl. The survey's network is the one that was attacked.
     """
 
-    attack_seed: int
+    attack_seed: Int
     shown: tuple[Shown, ...]
 
 
@@ -238,6 +254,6 @@ class Steps(Survey):
     is the random start. PGD with k steps sees the iterates up to k.
     """
 
-    attack_seed: int
-    n_correct: int
-    fell_at: tuple[int, ...]
+    attack_seed: Int
+    n_correct: Int
+    fell_at: tuple[Int, ...]

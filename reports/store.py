@@ -50,7 +50,8 @@ def load(paths: Sequence[Path]) -> Results:
 
     Raises:
         UsageError: there is no results.jsonl, or a line of a file is not a row (the message
-            names the file and the line), or see `robustbench.read`.
+            names the file and the line), a path of flags leads out of the folder, and not into
+            another run, from which it was merged; or see `robustbench.read`.
     """
     found = Results()
     for path in paths:
@@ -68,7 +69,9 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / CROSSINGS, Crossing),
             _read(folder / STEPS, Steps),
         )
-        found.records.extend(anchored(part, folder).records)
+        part = anchored(part, folder)
+        _check_flags(part.records, folder)
+        found.records.extend(part.records)
         found.transfers.extend(part.transfers)
         found.epochs.extend(part.epochs)
         found.landscapes.extend(part.landscapes)
@@ -119,6 +122,20 @@ def relative(flags: str, out: Path) -> str:
         return Path(os.path.relpath(flags, out)).as_posix()
     except ValueError:  # another drive (Windows): there is no relative path
         return flags
+
+
+def _check_flags(records: Sequence[Record], folder: Path) -> None:
+    """Raises UsageError where a record leads to a file that no run has written."""
+    home = Path(os.path.abspath(folder))
+    known: dict[Path, bool] = {}
+    for path in (Path(record.flags) for record in records if record.flags):
+        inside = path.is_relative_to(home)
+        if not inside and path.parent not in known:
+            known[path.parent] = any((p / RECORDS).is_file() for p in path.parents)
+        fits = path.suffix == ".npz" and str(path).isprintable()
+        if not fits or not (inside or known[path.parent] or not os.path.lexists(path)):
+            raise UsageError(f"{folder / RECORDS}: the survival flags {str(path)!r} are not those "
+                             "of a run")
 
 
 def _read(path: Path, kind: type[Line]) -> list[Line]:

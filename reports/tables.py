@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from robench.errors import UsageError, one_line
 from robench.reports.columns import (
     COSTS,
     IDENTITY,
@@ -142,10 +143,16 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 
 def from_csv(text: str) -> pd.DataFrame:
-    """The table that `to_csv` wrote, with its types; what failed is a missing number again."""
-    header, *lines = csv.reader(io.StringIO(text, newline=""))
-    return make_frame([dict(zip(header, map(_csv_value, header, line), strict=True))
-                       for line in lines], header)
+    """The table that `to_csv` wrote, with its types; what failed is a missing number again.
+
+    Raises UsageError for another text.
+    """
+    try:
+        header, *lines = csv.reader(io.StringIO(text, newline=""))
+        return make_frame([dict(zip(header, map(_csv_value, header, line), strict=True))
+                           for line in lines], header)
+    except Exception as error:  # damaged text may raise anything in pandas
+        raise UsageError(f"this is no table of robench: {one_line(error)}") from None
 
 
 def _csv_cell(value: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("attacks", "defenses", "benchmark", "reports")
-BASE = {"errors", "registry", "randomness", "files", "options"}
+BASE = {"errors", "registry", "randomness", "files", "options", "signals"}
 MAY_IMPORT = {  # attacks <- defenses <- benchmark -> reports
     **{f"src/robench/{name}.py": BASE for name in BASE},
     "src/robench/testing.py": BASE | {"attacks", "defenses"},

@@ -35,6 +35,7 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
     A RUN is a folder, its results.jsonl, or a model file of RobustBench, whose numbers are shown
     as published.
     """
+    from robench.files import locked
     from robench.reports import render, summary
     from robench.reports.baseline import with_baseline
     from robench.reports.embed import embed
@@ -49,11 +50,12 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
     if pages:
         click.echo(f"wrote {site(runs, pages)[0]}", err=True)
         return None
-    results = load(runs)
-    if baseline is not None:
-        results = with_baseline(results, baseline)
     out = out or _folder(runs)
-    render(results, out, [name.strip() for name in (formats or "").split(",") if name.strip()])
+    with locked(out):
+        results = load(runs)
+        if baseline is not None:
+            results = with_baseline(results, baseline)
+        render(results, out, [name.strip() for name in (formats or "").split(",") if name.strip()])
     click.echo(summary(results))
     click.echo(f"wrote the reports to {out}/", err=True)
 

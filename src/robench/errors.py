@@ -38,6 +38,10 @@ class Unreliable(RobenchError):
     exit_code = 4
 
 
+class DiskError(RobenchError):
+    """A file could not be written: the disk is full, or the folder not ours. Nothing is lost."""
+
+
 class Partial(RobenchError):
     """The time budget ended before the work did (exit code 5); `results` are what was found."""
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from robench.benchmark import cli
-from robench.benchmark.checkpoints import Header, save_checkpoint
+from robench.benchmark.checkpoints import Header, read_weights, save_checkpoint
 from robench.benchmark.recipe import ModelSpec
+from robench.reports import load
 
 # One small training of two epochs, and attacks on 20 images: a second or two.
 JOB: dict[str, Any] = {
@@ -74,6 +79,46 @@ def checkpoint(
     path = tmp_path / "net.safetensors"
     save_checkpoint(path, make_network(), make_header())
     return path
+
+
+def _arrays(path: Path) -> None:
+    with np.load(path, allow_pickle=False) as arrays:
+        assert all(arrays[name].size >= 0 for name in arrays)
+
+
+def _picture(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+
+
+def _text(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").endswith("\n")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    ".safetensors": read_weights, ".npz": _arrays, ".partial": _arrays, ".png": _picture,
+    ".pt": lambda path: torch.load(path, weights_only=True), ".svg": ElementTree.parse,
+    ".json": lambda path: [json.loads(line) for line in [path.read_text()]
+                           if not path.name.startswith("rob_f")], ".md": _text, ".csv": _text,
+    ".tex": _text, ".jsonl": _text, ".html": _text,
+}
+
+
+@pytest.fixture(scope="session")
+def check_files() -> Callable[[Path], int]:
+    """Reads every file in a folder, as after a kill -9; returns how many there are."""
+
+    def check(folder: Path) -> int:
+        files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        for path in files:
+            if path.stat().st_size:  # a run without rows has files without lines
+                READERS[path.suffix](path)
+        for path in files:
+            if path.name == "results.jsonl":
+                load([path])
+        return len(files)
+
+    return check
 
 
 @dataclass(frozen=True)

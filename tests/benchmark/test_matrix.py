@@ -540,14 +540,16 @@ def undisturbed(tmp_path_factory):
                         pytest.param(10, "2", marks=pytest.mark.slow)]
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
-    tmp_path, undisturbed, kills, jobs
+    tmp_path, undisturbed, check_files, kills, jobs
 ):
     expected, files = undisturbed
     rng, effective = random.Random(kills), 0
     for moment in sorted(rng.randrange(1, files - 10) for _ in range(kills)):
         effective += kill_when(start(tmp_path, jobs), tmp_path, moment, rng.uniform(0, 0.4))
+        check_files(tmp_path)
     finish(start(tmp_path, jobs))
     assert effective >= kills / 2
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
     result = read(tmp_path / "out")
     if jobs != "1":  # processes have other shares of the cores
         for rows in (*expected.values(), *result.values()):

@@ -77,7 +77,7 @@ def undisturbed(weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, kills):
+def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, check_files, kills):
     seconds, record, flags = undisturbed
     rng, effective = random.Random(kills), 0
     for _ in range(kills):
@@ -86,11 +86,13 @@ def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, kills):
         alive = process.poll() is None
         process.kill()
         process.communicate(timeout=60)
+        check_files(tmp_path)
         effective += alive
         if not alive:  # it went on where the one before was killed, and got to the end
             assert verdicts(tmp_path)[1] == flags
             shutil.rmtree(tmp_path / "out")
     finish(start(tmp_path, weights))
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
     again, same = verdicts(tmp_path)
     assert same == flags
     assert effective >= 1
