@@ -119,7 +119,8 @@ def outcome_junit(outcome: Outcome, *, allow_inconclusive: bool = False) -> str:
         else:
             ElementTree.SubElement(case, "system-out").text = "\n".join([one.verdict, *said])
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True).decode() + "\n"
+    text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return text.decode() + "\n"
 
 
 def outcome_json(outcome: Outcome) -> str:
