@@ -120,7 +120,7 @@ def accuracy_curves(
                           linewidth=0)
     axes.set(xlabel=xlabel, ylabel="accuracy (%)", title=shorten(title, 80), ylim=(0, None))
     if growing:
-        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xscale("symlog", linthresh=1, linscale=0.4)
         axes.set_xticks(sorted(panel["x"].unique()))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
         axes.xaxis.set_minor_locator(NullLocator())
