@@ -24,7 +24,7 @@ from robench.reports.overlap_figures import draw_overlaps
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
-from robench.reports.tables import run_labels
+from robench.reports.tables import ranked_groups, run_labels
 from robench.reports.text import TITLES, duration
 from robench.reports.tradeoff import tradeoff
 from robench.reports.uncertainty import Estimate, estimate
@@ -40,6 +40,8 @@ def draw_all(results: Results) -> list[Drawing]:
         *(labels.get(t.run, t.defense) for t in results.transfers),
         *(labels.get(e.run, e.defense) for e in results.epochs),
         *label_names(results),
+        # Rows are told apart by what they differ in, which may be less among the ranked ones.
+        *(row.label for group in ranked_groups(results.records) for row in group),
     ])
     drawings: dict[str, Drawing] = {}
     for drawing in (
