@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -28,9 +28,9 @@ class Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelSpec
-    classes: int
-    channels: int
-    size: int
+    classes: PositiveInt
+    channels: PositiveInt
+    size: PositiveInt
     dataset: str
     defense: str
     recipe: str

@@ -10,7 +10,7 @@ from robench.reports.grouping import rows
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks, looks
 from robench.reports.surveys import survey_labels
-from robench.reports.tables import run_labels
+from robench.reports.tables import ranked_groups, run_labels
 
 
 def draw_all(results: Results) -> list[Drawing]:
@@ -39,4 +39,6 @@ def looks_of(results: Results) -> Looks:
         *(labels.get(t.run, t.defense) for t in results.transfers),
         *(labels.get(e.run, e.defense) for e in results.epochs),
         *survey_labels(surveys, results.records).values(),
+        # Rows are told apart by what they differ in, which may be less among the ranked ones.
+        *(row.label for group in ranked_groups(results.records) for row in group),
     ])

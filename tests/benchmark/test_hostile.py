@@ -281,8 +281,7 @@ def test_a_checkpoint_cannot_name_code_to_run(tmp_path, monkeypatch, make_networ
     assert named.header is not None and (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("changes", [{"classes": 10**6}, {"size": 10**5}, {"channels": 10**30},
-                                     {"size": -1}])
+@pytest.mark.parametrize("changes", [{"classes": 10**6}, {"size": 10**5}, {"channels": 10**30}])
 def test_a_header_that_asks_for_much_memory_gets_none(tmp_path, make_network, make_header, changes):
     from robench.benchmark.checkpoints import save_checkpoint
 
@@ -380,3 +379,14 @@ def test_an_error_moves_no_cursor(robench, tmp_path):
     done = robench("report", tmp_path / "\x1b[2Jx")
     assert done.code == 2
     assert "\x1b" not in done.err and r"\x1b[2Jx" in done.err
+
+
+def test_a_defense_whose_ranked_rows_are_of_one_config_is_drawn(tmp_path):
+    """Found by mutation: among all rows it has two configs, and is named by them."""
+    rows = [json.loads(line) for line in (COMMITTED / "results.jsonl").read_text().splitlines()]
+    ranked = next(row for row in rows if row["ranked"] and row["role"] == "table")
+    other = {**ranked, "ranked": False, "checkpoint": "last", "run": "other", "flags": "",
+             "defense_config": {**ranked["defense_config"], "threat": "Linf:4/255"}}
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps({**ranked, "flags": ""}) + "\n" + json.dumps(other) + "\n")
+    assert render(load([tmp_path]), tmp_path, ["figures"])

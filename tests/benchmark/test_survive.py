@@ -1,5 +1,6 @@
 """One folder, two processes; signals; disks that are full; memory that does not suffice."""
 
+import contextlib
 import errno
 import os
 import random
@@ -214,11 +215,15 @@ def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
     """group: as a terminal and most schedulers do, the workers get it, too."""
     process = start(tmp_path, *LONG, "--jobs", 2, "--out", "out", start_new_session=True,
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    until(lambda: len(list(tmp_path.glob("out/cells/*/state.pt"))) == 2, process)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    (os.killpg if group else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    try:
+        until(lambda: len(list(tmp_path.glob("out/cells/*/state.pt"))) == 2, process)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        (os.killpg if group else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it is in a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert err.split("\n") == ["", "robench: interrupted; run the same command again to go on", ""]
     assert not any(map(living, workers))
