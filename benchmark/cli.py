@@ -8,8 +8,9 @@ import click
 
 from robench import __version__
 from robench.benchmark.commands.attack import evaluate, parity, verify
+from robench.benchmark.commands.doctor import doctor
 from robench.benchmark.commands.landscape import landscape
-from robench.benchmark.commands.report import doctor, list_, report
+from robench.benchmark.commands.report import list_, report
 from robench.benchmark.commands.speed import speed
 from robench.benchmark.commands.train import run
 from robench.errors import RobenchError
@@ -19,8 +20,8 @@ INTERRUPTED = 130
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 5 out of time with a partial result, "
-    "130 interrupted (run it again to go on).",
+    epilog="Exit codes: 0 ok, 1 failure, 2 wrong usage, 4 evaluation unreliable, 5 out of time "
+    "with a partial result, 130 interrupted (run it again to go on).",
 )
 @click.version_option(__version__, prog_name="robench")
 def cli() -> None:

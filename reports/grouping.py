@@ -140,10 +140,10 @@ def distinct(things: Mapping[K, tuple[tuple[str, ...], str, str]]) -> dict[K, st
     """
     rivals: dict[tuple[tuple[str, ...], str], list[dict[str, Any]]] = {}
     for scope, name, options in things.values():
-        rivals.setdefault((scope, name), []).append(_leaves(json.loads(options)))
+        rivals.setdefault((scope, name), []).append(leaves(json.loads(options)))
     labels = {}
     for one, (scope, name, options) in things.items():
-        mine, others = _leaves(json.loads(options)), rivals[scope, name]
+        mine, others = leaves(json.loads(options)), rivals[scope, name]
         shown = [
             f"{key}={value}" for key, value in mine.items()
             if any(key not in other or other[key] != value for other in others)
@@ -155,13 +155,13 @@ def distinct(things: Mapping[K, tuple[tuple[str, ...], str, str]]) -> dict[K, st
     return labels
 
 
-def _leaves(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as one level, with dotted keys."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in options.items():
-        leaves |= (_leaves(value, f"{prefix}{key}.") if isinstance(value, dict)
-                   else {f"{prefix}{key}": value})
-    return leaves
+        found |= (leaves(value, f"{prefix}{key}.") if isinstance(value, dict)
+                  else {f"{prefix}{key}": value})
+    return found
 
 
 def _attack_id(record: Record) -> tuple[str, ...]:

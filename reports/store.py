@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import robustbench
+from robench.reports.judge import judged
 from robench.reports.published import Published
 from robench.reports.record import Epoch, Landscape, Record, Transfer
 
@@ -43,7 +44,8 @@ def load(paths: Sequence[Path]) -> Results:
     """Read and merge run folders, the results.jsonl in them and RobustBench's .json files.
 
     Exact duplicates are dropped; two copies of a row that differ only in where the survival
-    flags lie are duplicates too, and the first one stays.
+    flags lie are duplicates too, and the first one stays. Flags that several records raise
+    together are set anew.
 
     Raises:
         UsageError: there is no results.jsonl, or a line of a file is not a row (the message
@@ -67,7 +69,8 @@ def load(paths: Sequence[Path]) -> Results:
         found.transfers.extend(part.transfers)
         found.epochs.extend(part.epochs)
         found.landscapes.extend(part.landscapes)
-    return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs),
+    transfers = _unique(found.transfers)
+    return Results(judged(_unique(found.records), transfers), transfers, _unique(found.epochs),
                    _unique(found.landscapes), list(dict.fromkeys(found.published)))
 
 

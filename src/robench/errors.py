@@ -13,6 +13,12 @@ class UsageError(RobenchError, ValueError):
     exit_code = 2
 
 
+class Unreliable(RobenchError):
+    """What was measured is not to be relied on (exit code 4)."""
+
+    exit_code = 4
+
+
 class Partial(RobenchError):
     """The time budget ended before the work did (exit code 5); `results` are what was found."""
 
