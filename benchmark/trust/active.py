@@ -35,7 +35,7 @@ from robench.benchmark.data import Images
 INNER = 400  # points of class 0 per image; the paper has 999
 SHARE = 0.95  # of eps: radius of the inner points
 CLOSE = 0.9  # where the boundary lies between the outermost inner point and the planted one
-SHRINK = 0.01  # of the covariance of the inner features towards a multiple of the identity
+SHRINK = 0.1  # of the covariance of the inner features towards a multiple of the identity
 LOOKS = 200  # of random search, half of them at corners
 EASY = 0.1  # share of the tests that random search may pass
 FEW = 8  # tests that are needed for a verdict

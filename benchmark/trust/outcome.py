@@ -30,6 +30,7 @@ from robench.benchmark.spec import AttackSpec
 from robench.benchmark.trust.active import active_test
 from robench.errors import UsageError
 from robench.randomness import seeded
+from robench.reports.judge import FALLS, LUCK
 from robench.reports.uncertainty import Z95, wilson
 
 QUERIES = 1000  # of Square; AutoAttack has 5000
@@ -39,7 +40,6 @@ PLANTED = 32  # images next to which an example is planted
 SURROGATE, EPOCHS = 5000, 4  # training images of the undefended network, and passes over them
 LADDER = (0.5, 1.0, 2.0)  # of eps
 SEEDS = (0, 1, 2)
-FALL = 0.05  # share of the right images below which next to none stands
 FGSM, PGD20 = AttackSpec(name="fgsm"), AttackSpec(name="pgd-20")
 
 
@@ -313,7 +313,8 @@ def seed_spread(p: Patient) -> Number:
         for spec in p.attacks:
             left = p.survives(spec, seed=p.seed + k, among=left)
         shares.append(_share(left))
-    return Number(max(shares) - min(shares), ", ".join(f"{share:.1%}" for share in shares))
+    return Number(max(0.0, max(shares) - min(shares) - LUCK / p.n),
+                  ", ".join(f"{share:.1%}" for share in shares))
 
 
 def active(p: Patient) -> Number:
@@ -325,7 +326,9 @@ def active(p: Patient) -> Number:
     made: Sequence[Attack] = [spec.build(p.threat) for spec in p.attacks]
     with seeded(p.seed, "doctor", "active"):
         outcome = active_test(p.model, Images(x, y), made, p.threat)
-    return Number(outcome.missed / outcome.tests if outcome.valid else None, str(outcome))
+    if not outcome.valid:
+        return Number(None, str(outcome))
+    return Number(wilson(outcome.missed / outcome.tests, outcome.tests)[0], str(outcome))
 
 
 def overfit_gap(p: Patient) -> Number:
@@ -338,7 +341,7 @@ def overfit_gap(p: Patient) -> Number:
 def catastrophic(p: Patient) -> Number:
     """FGSM is withstood and PGD-20 is not."""
     right = max(int(p.target.correct.sum()), 1)
-    collapsed = p.pgd.sum() < FALL * right
+    collapsed = p.pgd.sum() < FALLS * right
     return Number(float(p.fgsm.sum() / right) if collapsed else 0.0)
 
 
