@@ -13,7 +13,7 @@ from robench.reports.trust import CHECKS, flag, id_of
 
 # Flags after which an evaluation needs an attack made for the defense.
 ADAPT = {"random", "dynamic", "masking", "transfer<=whitebox"}
-LUCK = 4  # images on which two seeds of an attack may differ
+LUCK = 4  # images on which two runs of an attack may differ by chance
 FALLS = 0.05  # share of the right images below which next to none stands
 
 
@@ -45,6 +45,11 @@ def unreliable(records: Iterable[Record]) -> list[str]:
             name = record.defense if record.source == "trained" else record.source
             found.setdefault(name, {}).update(dict.fromkeys(sorted(ids)))
     return [f"{name}: {', '.join(ids)}" for name, ids in found.items() if ids]
+
+
+def beyond_luck(images: int, n: int) -> float:
+    """The share of n images by which two runs of an attack differ, without LUCK of them."""
+    return max(images - LUCK, 0) / n
 
 
 def adaptive(record: Record) -> bool:
@@ -84,7 +89,7 @@ def _with(record: Record, flags: Sequence[str]) -> Record:
 
 def _iterated(records: Sequence[Record]) -> float:
     """PGD must break at least what one step breaks, on the same images."""
-    return _worst((many.n_robust - one.n_robust) / one.n
+    return _worst(beyond_luck(many.n_robust - one.n_robust, one.n)
                   for one, many in _single_and_many(records))
 
 
@@ -98,12 +103,13 @@ def _monotone(records: Sequence[Record]) -> float:
     """Under one attack, on the same images, robust accuracy must not grow with eps."""
     pairs = ((a, b) for a in records for b in records
              if _gradient(a) and _alike(a, b) and _budget(a)[0] == _budget(b)[0])
-    return _worst((b.n_robust - a.n_robust) / a.n for a, b in pairs if _budget(a) < _budget(b))
+    return _worst(beyond_luck(b.n_robust - a.n_robust, a.n) for a, b in pairs
+                  if _budget(a) < _budget(b))
 
 
 def _lucky(records: Sequence[Record]) -> float:
     """Seeds of one attack on one network and the same images."""
-    return _worst((a.n_robust - b.n_robust - LUCK) / a.n for a in records for b in records
+    return _worst(beyond_luck(a.n_robust - b.n_robust, a.n) for a in records for b in records
                   if _alike(a, b) and a.threat == b.threat)
 
 

@@ -30,7 +30,7 @@ from robench.benchmark.spec import AttackSpec
 from robench.benchmark.trust.active import active_test
 from robench.errors import UsageError
 from robench.randomness import seeded
-from robench.reports.judge import FALLS, LUCK
+from robench.reports.judge import FALLS, beyond_luck
 from robench.reports.uncertainty import Z95, wilson
 
 QUERIES = 1000  # of Square; AutoAttack has 5000
@@ -191,7 +191,7 @@ def noise(p: Patient) -> Number:
 
 def iter_single(p: Patient) -> Number:
     """PGD-20 against FGSM."""
-    return Number(_share(p.pgd) - _share(p.fgsm),
+    return Number(beyond_luck(int(p.pgd.sum()) - int(p.fgsm.sum()), p.n),
                   f"FGSM {_share(p.fgsm):.1%}, PGD-20 {_share(p.pgd):.1%}")
 
 
@@ -200,7 +200,8 @@ def monotone_eps(p: Patient) -> Number:
     ladder = [p.threat.scaled(factor) for factor in LADDER
               if p.threat.norm != "Linf" or p.threat.eps * factor <= 1]
     stands = [p.survives(PGD20, threat) for threat in ladder]
-    risen = [_share(high & ~low) for low, high in zip(stands, stands[1:], strict=False)]
+    risen = [beyond_luck(int((high & ~low).sum()), p.n)
+             for low, high in zip(stands, stands[1:], strict=False)]
     return Number(max(risen, default=0.0), ", ".join(
         f"{_share(s):.1%} at {t}" for s, t in zip(stands, ladder, strict=True)))
 
@@ -307,14 +308,14 @@ def eight_bit(p: Patient) -> Number:
 
 def seed_spread(p: Patient) -> Number:
     """All attacks together, with three seeds."""
-    shares = [_share(p.standing)]
+    counts = [int(p.standing.sum())]
     for k in SEEDS[1:]:
         left = p.target.correct
         for spec in p.attacks:
             left = p.survives(spec, seed=p.seed + k, among=left)
-        shares.append(_share(left))
-    return Number(max(0.0, max(shares) - min(shares) - LUCK / p.n),
-                  ", ".join(f"{share:.1%}" for share in shares))
+        counts.append(int(left.sum()))
+    return Number(beyond_luck(max(counts) - min(counts), p.n),
+                  ", ".join(f"{count / p.n:.1%}" for count in counts))
 
 
 def active(p: Patient) -> Number:
