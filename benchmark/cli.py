@@ -10,8 +10,9 @@ import click
 from robench import __version__
 from robench.benchmark.commands.attack import evaluate, parity, verify
 from robench.benchmark.commands.check import baseline, check
+from robench.benchmark.commands.doctor import doctor
 from robench.benchmark.commands.landscape import landscape
-from robench.benchmark.commands.report import analyze, doctor, list_, report
+from robench.benchmark.commands.report import analyze, list_, report
 from robench.benchmark.commands.speed import speed
 from robench.benchmark.commands.survey import steps, transfer
 from robench.benchmark.commands.train import run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ from robench.attacks.search import Found, Pooled, Search
 from robench.attacks.search import Progress as SearchProgress
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
-from robench.benchmark.checks import check_finite, check_logits
+from robench.benchmark.checks import check_finite, check_logits, eps_unit, examine
 from robench.benchmark.data import Images, check_images
 from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import pack_arrays, write_atomic
 from robench.randomness import seeded
+from robench.reports.trust import Finding, flag, texts
 from robench.reports.uncertainty import wilson
 
 Flags = npt.NDArray[np.bool_]
 Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
 BATCH = 500  # images per call of an attack that has no pool
-MASKED = 0.002  # share of the images that Square alone may break before it is remarkable
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ class Measurement:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the attack noted, and claimed examples that were not counted."""
-        if not self.violations:
-            return self.notes
-        return (*self.notes, f"outside: {self.violations} claimed examples were outside "
-                f"{self.threat} and were not counted")
+        return (*self.notes, *flag("outside", self.violations))
 
     @property
     def breakers(self) -> dict[str, int]:
@@ -153,13 +151,22 @@ class Target:
         self.model, self.data, self.batch_size = model, data, batch_size
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = data.x.device if parameter is None else parameter.device
-        self.warnings = check_logits(model, self.batch(0, BATCH)[0], data.y)
+        check_logits(model, self.batch(0, BATCH)[0], data.y)
         self.clean = torch.cat([check_finite(clean_logits(model, self.batch(i, i + BATCH)[0])).cpu()
                                 for i in range(0, len(data), BATCH)])
         self.correct: Flags = (self.clean.argmax(1) == data.y.cpu()).numpy()
         self.classes = self.clean.shape[1]
         # The same weights may be used in another way.
         self.fingerprint = self.clean[:64].amax(1).numpy()
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """The checks of the network, made when they are first asked for."""
+        return examine(self.model, *self.batch(0, BATCH))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return texts(self.findings)
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
@@ -188,8 +195,10 @@ def measure(
     attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
     if isinstance(attack, Pooled):
-        return _pooled(target, spec, attack, n, seed, partial, progress, deadline, keep, starts)
-    return _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
+        m = _pooled(target, spec, attack, n, seed, partial, progress, deadline, keep, starts)
+    else:
+        m = _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
+    return replace(m, notes=(*m.notes, *flag("eps-unit", eps_unit(threat, target.data.x))))
 
 
 def _pooled(
@@ -262,10 +271,7 @@ def _masking(found: Found, n: int) -> list[str]:
     if "square" not in found.stages[1:]:
         return []
     broke = int((found.fell_to == found.stages.index("square")).sum())
-    if broke <= MASKED * n:
-        return []
-    return [f"masking: Square, which uses no gradients, broke {broke} images that the parts before "
-            "it did not: gradients may be masked, and an attack made for this model break more"]
+    return list(flag("masking", broke / n))
 
 
 def _batched(

@@ -17,8 +17,10 @@ from robench.benchmark.spec import RunSpec
 from robench.errors import Partial, RobenchError
 from robench.files import locked
 from robench.reports import render
+from robench.reports.judge import judged
 from robench.reports.record import Record
 from robench.reports.store import RECORDS, Results, anchored, load
+from robench.reports.trust import flag
 
 
 def evaluate_external(
@@ -58,8 +60,10 @@ def _evaluated(matrix: Matrix, networks: list[Network]) -> Results:
         check_logits(net, matrix.probe, matrix.test.y)
         subject = Subject(net, spec.out / "eval", network.source, _facts(network), matrix.probe)
         pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in matrix.attacks]
-        records += matrix.attack(subject, pairs, spec.seeds[0])
-    results = anchored(Results(records), spec.out)
+        modes = flag("eval-mode", network.in_train_mode)  # of the network as it came
+        records += [record.model_copy(update={"warnings": (*modes, *record.warnings)})
+                    for record in matrix.attack(subject, pairs, spec.seeds[0])]
+    results = anchored(Results(judged(records)), spec.out)
     if (spec.out / RECORDS).exists():
         earlier = load([spec.out])
         again = {_identity(record) for record in records}

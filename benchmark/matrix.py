@@ -34,6 +34,7 @@ from robench.defenses.trainer import TrainingFailed
 from robench.errors import DiskError, RobenchError, UsageError, one_line
 from robench.files import locked, write_atomic
 from robench.reports import render
+from robench.reports.judge import judged
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results, anchored
 
@@ -145,7 +146,7 @@ class Matrix:
                     transfers += self.transfers(cell)
                 except UsageError as error:  # its weights are damaged, or give NaN
                     self.failures.append(f"{cell.label}: {error}")
-        results = anchored(Results(records, transfers, epochs), spec.out)
+        results = anchored(Results(judged(records, transfers), transfers, epochs), spec.out)
         render(results, spec.out)
         if not todo and not self.measured:
             self.reporter.say("nothing to do: every training and every measurement is there "

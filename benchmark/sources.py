@@ -12,6 +12,7 @@ from torch import nn
 
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.checkpoints import Header, load_checkpoint, load_weights, read_header
+from robench.benchmark.checks import eval_mode
 from robench.benchmark.data import Dataset
 from robench.benchmark.models import build_model
 from robench.benchmark.zoo import load_robustbench
@@ -26,6 +27,7 @@ class Network:
     source: str
     model: str  # name of the architecture
     header: Header | None = None  # what a robench checkpoint says about itself
+    in_train_mode: int = 0  # modules that came in train mode, see `checks.eval_mode`
 
 
 def load_network(
@@ -52,7 +54,9 @@ def load_network(
     if path.suffix in (".safetensors", ".pt", ".pth") or path.exists():
         return _from_file(path, model, dataset, build)
     if ":" in source:
-        return Network(build(source).eval(), source, source)
+        net = build(source)
+        modes = int(eval_mode(net))
+        return Network(net.eval(), source, source, in_train_mode=modes)
     raise UsageError(f"{source!r} is no file, no package.module:factory and no robustbench:NAME")
 
 

@@ -22,6 +22,7 @@ from robench.reports.text import (
     percent,
     points,
 )
+from robench.reports.trust import flag
 
 # Shown as a column where rows differ, otherwise said once above the table.
 SHARED = {"recipe": "Recipe", "epochs": "Epochs", "model": "Model", "source": "Source"}
@@ -98,10 +99,18 @@ def _rob_f(group: pd.DataFrame, links: Sequence[tuple[str, ...]]) -> Board:
                               for line, link in zip(lines, links, strict=True)))
           for name, title in ROB_F.items()),
         _column("Images", lines, lambda line: Cell(f"{line['n']:,}", sort=line["n"])),
+        _column("Warnings", lines, _transfer_flag),
     ]
     first = lines[0]
     return Board(f"{first['dataset']}, {first['threat']}, {first['attack']}", tuple(columns),
                  facets=_facets(group))
+
+
+def _transfer_flag(line: Line) -> Cell:
+    """Of a peer or teacher that withstands the student's examples alone."""
+    gap = (line["rob_f_student"] - line["rob_f_self"]) / 100
+    found = flag("transfer-only", gap)
+    return Cell(str(len(found)), more="; ".join(found))
 
 
 def _networks(group: pd.DataFrame, links: Links, ranked: bool = False) -> tuple[Column, ...]:

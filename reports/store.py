@@ -17,6 +17,7 @@ from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.options import first_error
 from robench.reports import robustbench
+from robench.reports.judge import judged
 from robench.reports.published import Published
 from robench.reports.record import Crossing, Epoch, Landscape, Record, Steps, Transfer
 
@@ -46,7 +47,8 @@ def load(paths: Sequence[Path]) -> Results:
     """Read and merge run folders, the results.jsonl in them and RobustBench's .json files.
 
     Exact duplicates are dropped; two copies of a row that differ only in where the survival
-    flags lie are duplicates too, and the first one stays.
+    flags lie are duplicates too, and the first one stays. Flags that several records raise
+    together are set anew.
 
     Raises:
         UsageError: there is no results.jsonl, or a line of a file is not a row (the message
@@ -77,7 +79,8 @@ def load(paths: Sequence[Path]) -> Results:
         found.landscapes.extend(part.landscapes)
         found.crossings.extend(part.crossings)
         found.steps.extend(part.steps)
-    return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs),
+    transfers = _unique(found.transfers)
+    return Results(judged(_unique(found.records), transfers), transfers, _unique(found.epochs),
                    _unique(found.landscapes), _unique(found.crossings), _unique(found.steps),
                    list(dict.fromkeys(found.published)))
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from robench.benchmark.commands.options import seconds_of, shared, show, values_of
+from robench.benchmark.commands.options import (
+    require_trust,
+    seconds_of,
+    shared,
+    show,
+    values_of,
+)
 from robench.errors import Partial
 
 
@@ -42,11 +48,13 @@ def evaluate(
     seconds = None if budget is None else seconds_of(budget)
     spec = RunSpec.create(values)
     try:
-        show(evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds,
-                                replay=replay), values)
+        results = evaluate_external(sources, spec, zoo=zoo, quiet=quiet, budget=seconds,
+                                    replay=replay)
     except Partial as error:
         show(error.results, values)
         raise
+    show(results, values)
+    require_trust(r for r in results.records if r.source in sources)
 
 
 def of_eval(*names: str) -> list[click.Parameter]:

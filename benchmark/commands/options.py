@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from robench.errors import UsageError
+from robench.errors import Unreliable, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,3 +82,13 @@ def show(results: Any, values: dict[str, Any]) -> None:
 
     click.echo(summary(results))
     click.echo(f"reports: {values.get('out', 'runs')}/leaderboard.html", err=True)
+
+
+def require_trust(records: Iterable[Any]) -> None:
+    """Raises Unreliable where a check of a ranked network failed; all was written before."""
+    from robench.reports.judge import unreliable
+
+    failed = unreliable(records)
+    if failed:
+        raise Unreliable(f"evaluation unreliable: {'; '.join(failed)} (see the warnings; "
+                         "robench doctor NETWORK examines further)")

@@ -1,4 +1,4 @@
-"""robench report, analyze, list and doctor."""
+"""robench report, analyze and list."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from robench.errors import RobenchError, UsageError
+from robench.errors import UsageError
 
 
 @click.command(epilog="""\b
@@ -117,18 +117,3 @@ def list_(kind: str | None) -> None:
         for row in rows:
             paper = f"  [{row.paper}]" if row.paper else ""
             click.echo(f"  {row.name:<{width}}  {row.description}{paper}")
-
-
-@click.command()
-@click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR")
-def doctor(data_root: Path | None) -> None:
-    """Check the installation and say how to cure what is wrong."""
-    from robench.benchmark.doctor import examine
-
-    findings = examine(data_root)
-    for finding in findings:
-        click.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.name}: {finding.text}")
-    bad = [f for f in findings if not f.ok]
-    if bad:
-        cures = "; ".join(f"{f.name}: {f.cure}" for f in bad)
-        raise RobenchError(f"{len(bad)} problems. {cures}")

@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-from robench.benchmark.commands.options import integers, shared, show, values_of
+from robench.benchmark.commands.options import (
+    integers,
+    require_trust,
+    shared,
+    show,
+    values_of,
+)
 from robench.errors import UsageError
 
 
@@ -63,4 +69,6 @@ def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any)
 
     if "jobs" not in values and values.get("devices", 1) == 1:
         values["jobs"] = default_jobs(str(values.get("device", "auto")))
-    show(run_matrix(RunSpec.create(values), quiet=quiet), values)
+    results = run_matrix(RunSpec.create(values), quiet=quiet)
+    show(results, values)
+    require_trust(results.records)
