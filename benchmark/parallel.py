@@ -121,7 +121,7 @@ def _task() -> Iterator[None]:
         with contextlib.suppress(RobenchError):
             yield
     except SystemExit:  # which the pool would take for the result
-        cast(Any, util)._exit_function()  # what the end of a process does, of which os._exit is none
+        cast(Any, util)._exit_function()  # which os._exit leaves out
         os._exit(1)
 
 
