@@ -48,8 +48,7 @@ class Batches:
                                    "more, or a smaller network") from None
         # Here the error has let go of the tensors of the try.
         self.size, self.halved = self.size // 2, True
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # where there is one
 
     def __call__(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """function(*tensors) (N, ...), of tensors (N, ...), in as many parts as it takes."""

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
+from typing import Any, cast
 
 import torch
 
@@ -120,7 +121,7 @@ def _task() -> Iterator[None]:
         with contextlib.suppress(RobenchError):
             yield
     except SystemExit:  # which the pool would take for the result
-        util._exit_function()
+        cast(Any, util)._exit_function()  # which os._exit leaves out
         os._exit(1)
 
 

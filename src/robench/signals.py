@@ -32,12 +32,12 @@ def at_steps() -> Iterator[None]:
         yield
     finally:
         handlers, late = dict(_handlers), list(_waiting)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
         _handlers.clear()
         _waiting.clear()
-        for number in late[:1]:
-            handlers[number](number, None)
+        for first in late[:1]:
+            handlers[first](first, None)
 
 
 def waiting() -> bool:
