@@ -22,7 +22,7 @@ from robench.benchmark.cells import Cell
 from robench.benchmark.checkpoints import CellFolder, load_checkpoint, read_weights
 from robench.benchmark.data import load_dataset
 from robench.benchmark.examples import Examples
-from robench.benchmark.kept import kept_landscape, kept_record, kept_transfers
+from robench.benchmark.kept import kept_record, kept_survey, kept_transfers
 from robench.benchmark.sources import load_network
 from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, parse_value, read_config
 from robench.errors import RobenchError, UsageError
@@ -31,6 +31,7 @@ from robench.reports import load, render
 from robench.reports.compare import survival
 from robench.reports.embed import embed
 from robench.reports.jsonfile import from_json
+from robench.reports.record import Landscape
 from robench.reports.tables import from_csv
 
 COMMITTED = Path(__file__).parents[2] / "results" / "cifar10-small-resnet"
@@ -165,7 +166,7 @@ def cases(tmp_path_factory, make_network, make_header):
         "kept.json": (lines["results.jsonl"][0], lambda path: [
             read(path, *more) for read, more in ((kept_record, (record.fingerprint,)),
                                                  (kept_transfers, ()),
-                                                 (kept_landscape, (record.fingerprint,)))]),
+                                                 (kept_survey, (Landscape, record.fingerprint)))]),
         "search.partial": (pack_arrays({"identity": np.array("x"), "fingerprint": np.ones(3)}),
                            lambda path: read_state(path, "x", np.ones(3))),
         "leaderboard.csv": ((COMMITTED / "leaderboard.csv").read_bytes(), lambda path: from_csv(
