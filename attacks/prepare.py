@@ -22,6 +22,7 @@ class Prepared:
 
     Attributes:
         net: for the search. judge: the model itself, as `verify` is to call it.
+        predicted: (N,) the class that the clean image is taken for.
         correct: (N,) bool, right on the clean image.
         fingerprint: (64,) or less, the largest logits of the first images: the same weights may
             be used in another way.
@@ -30,6 +31,7 @@ class Prepared:
     net: Network
     judge: Classifier
     images: Images
+    predicted: Tensor
     correct: Tensor
     fingerprint: Tensor
 
@@ -56,13 +58,15 @@ def prepared(
     padded = in_micro_batches(model)
     with frozen(model), searching(precision):
         logits = clean_logits(model, x) if logits is None else logits
+        predicted = logits.argmax(1)
         others = logits.scatter(1, y[:, None], -torch.inf)
         ranked = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
         yield Prepared(
             net=Network(model, precision, x[:8]),
             judge=padded if precision == "ieee" else model,
             images=Images(x, y, ranked, image_ids(x)),
-            correct=logits.argmax(1) == y,
+            predicted=predicted,
+            correct=predicted == y,
             fingerprint=logits[:64].amax(1),
         )
 
