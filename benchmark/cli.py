@@ -8,6 +8,7 @@ import click
 
 from robench import __version__
 from robench.benchmark.commands.attack import evaluate, parity, verify
+from robench.benchmark.commands.gallery import gallery
 from robench.benchmark.commands.landscape import landscape
 from robench.benchmark.commands.report import doctor, list_, report
 from robench.benchmark.commands.speed import speed
@@ -27,7 +28,7 @@ def cli() -> None:
     """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
 
 
-for _command in (run, evaluate, parity, verify, speed, landscape, report, list_, doctor):
+for _command in (run, evaluate, parity, verify, speed, landscape, gallery, report, list_, doctor):
     cli.add_command(_command)
 
 

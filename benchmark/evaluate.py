@@ -78,12 +78,14 @@ class Measurement:
     @property
     def correct(self) -> Flags:
         """(N,) right on the clean image."""
-        return self.clean == self.label
+        flags: Flags = self.clean == self.label
+        return flags
 
     @property
     def robust(self) -> Flags:
         """(N,) right on the clean image, and not fooled."""
-        return self.predicted == self.label
+        flags: Flags = self.predicted == self.label
+        return flags
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
-from robench.reports.record import Landscape, Record, Transfer
+from robench.reports.record import Record, Study, Transfer
+
+S = TypeVar("S", bound=Study)
 
 
 def kept_record(path: Path, fingerprint: tuple[float, ...]) -> Record | None:
@@ -28,11 +31,11 @@ def kept_transfers(path: Path) -> list[Transfer] | None:
         return None
 
 
-def kept_landscape(path: Path, fingerprint: tuple[float, ...]) -> Landscape | None:
-    """The landscape of an earlier run, if the network still gives the same logits."""
+def kept_study(path: Path, kind: type[S], fingerprint: tuple[float, ...]) -> S | None:
+    """The landscape or gallery of an earlier run, if the network still gives the same logits."""
     try:
-        landscape = Landscape.model_validate_json(path.read_text())
-        return landscape if alike(landscape.fingerprint, fingerprint) else None
+        study = kind.model_validate_json(path.read_text())
+        return study if alike(study.fingerprint, fingerprint) else None
     except (OSError, ValidationError):
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,21 +11,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import robench
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.cells import selection_of
-from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images, check_images
 from robench.benchmark.evaluate import BATCH
-from robench.benchmark.kept import alike, kept_landscape
+from robench.benchmark.kept import alike, kept_study
 from robench.benchmark.landscape import Line, Survey, survey_lines
-from robench.benchmark.matrix import Matrix, Subject
+from robench.benchmark.matrix import Matrix
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment
-from robench.benchmark.sources import Network, load_network
-from robench.benchmark.spec import CellSpec, RunSpec, digest
+from robench.benchmark.sources import Network
+from robench.benchmark.spec import RunSpec, digest
+from robench.benchmark.studies import add, load_networks, subject_of
 from robench.files import write_atomic
-from robench.reports import render
 from robench.reports.record import Landscape
-from robench.reports.store import RECORDS, Results, load
+from robench.reports.store import Results
 
 LIMIT = 200
 Split = Literal["test", "train"]
@@ -46,34 +43,24 @@ def landscapes(
     given = matrix.dataset.train if split == "train" else matrix.test
     images = Images(*check_images(given.x, given.y, len(matrix.dataset.classes)))
     images = images.take(spec.limit or min(LIMIT, len(images)))
-    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
-                for source in dict.fromkeys(sources)]
-    for network in networks:
-        check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)
+    networks = load_networks(sources, matrix, zoo)
     found = [_landscape(network, matrix, survey, images, split) for network in networks]
-    earlier = load([spec.out]) if (spec.out / RECORDS).exists() else Results()
-    again = {_identity(landscape) for landscape in found}
-    kept = [one for one in earlier.landscapes if _identity(one) not in again]
-    results = replace(earlier, landscapes=[*kept, *found])
-    render(results, spec.out)
-    return results
+    return add(spec.out, "landscapes", found, _identity)
 
 
 def _landscape(
     network: Network, matrix: Matrix, survey: Survey, images: Images, split: Split
 ) -> Landscape:
     """The landscape of one network, computed or taken from an earlier run."""
-    seed, facts = matrix.spec.seeds[0], _facts(network)
-    subject = Subject(network.net, matrix.spec.out / "landscape", network.source, facts,
-                      matrix.probe)
+    seed, subject = matrix.spec.seeds[0], subject_of(network, matrix, "landscape")
     how = {**_how(survey, matrix.threat), "data_sha256": images.sha256(), "split": split,
            "direction_seed": seed, "weights_sha256": subject.weights}
     name = digest({**how, "network": [network.source, network.model],
                    "lines": survey.lines, "robench": robench.__version__})
     path = subject.folder / f"{survey.kind}-{name}.json"
-    landscape = kept_landscape(path, subject.fingerprint)
+    landscape = kept_study(path, Landscape, subject.fingerprint)
     if landscape is not None:
-        return landscape.model_copy(update=facts)
+        return landscape.model_copy(update=subject.facts)
     label = f"{network.source}: {survey.kind} landscape on {len(images)} {split} images"
     with matrix.reporter.task(label) as update:
         begun = Begun.read(path.with_suffix(".partial"), subject.fingerprint)
@@ -89,7 +76,7 @@ def _landscape(
     facts_of_run = environment(matrix.device)
     del facts_of_run["peak_bytes"]
     landscape = Landscape(
-        **facts, **how, **facts_of_run, dataset=matrix.dataset.name, n=len(images),
+        **subject.facts, **how, **facts_of_run, dataset=matrix.dataset.name, n=len(images),
         fingerprint=subject.fingerprint, losses=begun.losses, seconds=begun.seconds,
     )
     write_atomic(path, landscape.model_dump_json(indent=1) + "\n")
@@ -126,36 +113,6 @@ def _how(survey: Survey, threat: ThreatModel) -> dict[str, Any]:
         how["attack_config"] = {"steps": attack.steps, "step_size": attack.step_size,
                                 "start": attack.start}
     return how
-
-
-def _facts(network: Network) -> dict[str, Any]:
-    """What is known about a network; the cell in whose folder it lies says most."""
-    header, cell = network.header, _cell(network)
-    return {
-        "run": cell.key() if cell else "",
-        "seed": header.seed if header else 0,
-        "model": network.model,
-        "source": network.source,
-        "defense": header.defense if header else network.source,
-        "defense_config": cell.config if cell else {},
-        "recipe": header.recipe if header else "",
-        "selection": selection_of(cell.train) if cell
-        else header.selection if header else "unknown",
-        "checkpoint": header.checkpoint if header else "",
-    }
-
-
-def _cell(network: Network) -> CellSpec | None:
-    """What trained a network, from the spec.json beside it."""
-    if network.header is None:
-        return None
-    try:
-        cell = CellSpec.model_validate_json(Path(network.source).with_name("spec.json").read_text())
-    except (OSError, UnicodeDecodeError, ValidationError):
-        return None
-    header = network.header
-    same = (cell.defense, cell.recipe, cell.seed) == (header.defense, header.recipe, header.seed)
-    return cell if same else None
 
 
 def _identity(landscape: Landscape) -> tuple[object, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,19 +120,36 @@ def survival(record: Record) -> tuple[Flags, Flags] | None:
 
     Raises RobenchError if the file is damaged or is not the record's.
     """
+    found = per_image(record, "correct", "robust")
+    if found is None:
+        return None
+    correct, robust = (found.get(name, np.empty(0)) for name in ("correct", "robust"))
+    if (correct.shape, robust.shape, int(robust.sum())) != (
+        (record.n,), (record.n,), record.n_robust
+    ):
+        raise unfit(record)
+    return correct.astype(bool), robust.astype(bool)
+
+
+def per_image(record: Record, *names: str) -> dict[str, npt.NDArray[Any]] | None:
+    """Of these arrays those that the record's file of flags has; None if it is not to be found.
+
+    Raises RobenchError if the file is damaged.
+    """
     path = Path(record.flags)
     if not record.flags or not path.is_file():
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            correct, robust = arrays["correct"], arrays["robust"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            return {name: arrays[name] for name in names if name in arrays}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise RobenchError(f"cannot read the survival flags {path}: {error}") from None
-    if (correct.shape, robust.shape, int(robust.sum())) != (
-        (record.n,), (record.n,), record.n_robust
-    ):
-        raise RobenchError(f"the survival flags {path} do not fit their record: evaluate again")
-    return correct.astype(bool), robust.astype(bool)
+
+
+def unfit(record: Record) -> RobenchError:
+    """What is to be raised for a file of flags that is of another record."""
+    return RobenchError(f"the survival flags {record.flags} do not fit their record: "
+                        "evaluate again")
 
 
 def _paired(row: Row, baseline: Row, attack: str) -> float:

@@ -11,6 +11,7 @@ from statistics import fmean
 import pandas as pd
 
 from robench.reports.boards import group_title
+from robench.reports.class_figures import draw_classes
 from robench.reports.figures import (
     accuracy_over_eps,
     clean_vs_robust,
@@ -21,6 +22,7 @@ from robench.reports.figures import (
 from robench.reports.grouping import Key, Row, canonical, distinct, rows
 from robench.reports.landscape_figures import draw_landscapes, label_names
 from robench.reports.overlap_figures import draw_overlaps
+from robench.reports.pictures import draw_pictures
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Look, looks
@@ -46,9 +48,11 @@ def draw_all(results: Results) -> list[Drawing]:
         *_tradeoff(results.records, look),
         *_over_eps(results.records, look),
         *draw_overlaps(results.records, look),
+        *draw_classes(results.records, look),
         *_rob_f(results.transfers, labels, look),
         *_training(results.epochs, labels, look),
         *draw_landscapes(results, look),
+        *draw_pictures(results),
     ):
         name = re.sub(r"[^a-z0-9]+", "-", drawing.name.lower()).strip("-")[:80]
         copies = sum(known == name or known.startswith(f"{name}--") for known in drawings)

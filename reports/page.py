@@ -16,8 +16,10 @@ from markupsafe import Markup, escape
 from robench.reports import tables
 from robench.reports.beside import published_boards
 from robench.reports.boards import FACETS, checkpoint_boards, leaderboards, rob_f_boards
+from robench.reports.class_boards import class_boards
 from robench.reports.gallery import draw_all
 from robench.reports.landscape import landscape_boards, sharpness
+from robench.reports.pictures import picture_boards
 from robench.reports.provenance import provenance, record_boards
 from robench.reports.store import Results
 from robench.reports.style import GRID, INK, Drawing, to_svg
@@ -70,6 +72,9 @@ def sections(results: Results, folder: Path | None = None) -> list[Section]:
                 drawings=take("accuracy-over-eps")),
         Section("overlap", "Attacks", "Which images fall to which attacks.",
                 drawings=take("overlap")),
+        Section("classes", "Classes", CLASSES, class_boards(results.records, trace),
+                take("class-accuracy", "confusion")),
+        Section("gallery", "Gallery", GALLERY, picture_boards(results), take("gallery")),
         Section("training", "Training", "How accuracy and loss went while the networks learned.",
                 drawings=take("training")),
         Section("figures", "Figures", "Everything else that was drawn.", drawings=take("")),
@@ -162,6 +167,14 @@ Nothing here is measured by robench, and nothing is ranked."""
 LANDSCAPE = """\
 How fast the loss grows around a network, along random directions in which every filter is as long
 as the network’s own; adversarial examples are crafted anew at every point. Less is flatter."""
+CLASSES = """\
+Robust accuracy class by class, under the attack that ranks the rows, the worst class, and what the
+images of each class are taken for. The interval of the worst class is that of the lowest true
+accuracy of any class, although these images tell which one is the lowest; with few images in a
+class the observed minimum is too low on average. Percentages of the images of the true class."""
+GALLERY = """\
+The first images of the test set that are classified right, and what an attack makes of them. The
+pictures are rounded to 8 bits; predictions are those of the exact adversarial examples, in fp32."""
 MEASURED = """\
 Every adversarial example was checked again in fp32 before it counted: inside the threat model and
 misclassified. An attack that failed is shown as “failed”, never as a number. Rows are ranked

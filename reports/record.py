@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
+PICTURES, PIXELS = 64, 2**24  # of a gallery; of all its clean images together
 Surface = Literal["weight", "weight-2d", "input"]
 
 
@@ -144,14 +145,8 @@ class Epoch(BaseModel):
             **others, "averages": {"swa": (clean, robust)}}
 
 
-class Landscape(BaseModel):
-    """The loss around one network, one line of landscape.jsonl.
-
-    `losses` are mean cross-entropies over the images, in nats. Kind "weight" has a line for each
-    random direction in the space of weights; the others are a grid, alphas[j] along the first and
-    alphas[i] along the second direction at losses[i][j]. Around weights an alpha of 1 is a step as
-    long as each filter; around images, as eps.
-    """
+class Study(BaseModel):
+    """What the rows of `landscape` and of `gallery` have in common: the network, and on what."""
 
     model_config = _CONFIG
 
@@ -180,6 +175,17 @@ class Landscape(BaseModel):
     recipe: str
     selection: str
     checkpoint: str
+
+
+class Landscape(Study):
+    """The loss around one network, one line of landscape.jsonl.
+
+    `losses` are mean cross-entropies over the images, in nats. Kind "weight" has a line for each
+    random direction in the space of weights; the others are a grid, alphas[j] along the first and
+    alphas[i] along the second direction at losses[i][j]. Around weights an alpha of 1 is a step as
+    long as each filter; around images, as eps.
+    """
+
     # how it was surveyed
     kind: Surface
     threat: str
@@ -200,4 +206,53 @@ class Landscape(BaseModel):
             raise ValueError("losses must be lines with a number for each alpha")
         if self.kind != "weight" and len(self.losses) != len(steps):
             raise ValueError("losses must be a square grid")
+        return self
+
+
+class Picture(BaseModel):
+    """An image that is right when clean, and what an attack made of it."""
+
+    model_config = _CONFIG
+
+    image: int  # its place in the test set
+    label: int  # also what the clean image is taken for
+    clean_confidence: float  # the softmax probability of the clean prediction
+    predicted: int  # of the exact x_adv, in fp32; -1 where the logits are not finite
+    confidence: float  # the softmax probability of this prediction
+    fooled: bool  # inside the threat model and misclassified
+    distance: float  # of x_adv, in the norm of the threat model
+
+
+class Gallery(Study):
+    """Images before and after an attack on one network, one line of gallery.jsonl.
+
+    `sheet` is a PNG with a row for each picture and three columns, each (H, W): the clean image,
+    128 + 127 (x_adv - x) / scale, and x_adv. It is rounded to 8 bits, so that a network may see
+    something else in it than in the exact x_adv, of which the predictions are.
+    """
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    # how it was attacked
+    threat: str
+    attack: str
+    attack_config: dict[str, Any]
+    attack_seed: int
+    seconds: float
+    # what was seen
+    classes: tuple[str, ...]  # names; label k means classes[k]
+    shape: tuple[int, int, int]  # (C, H, W), C is 1 or 3
+    scale: float  # largest change of a pixel in all pictures, in [0, 1]
+    pictures: tuple[Picture, ...]
+    sheet: bytes
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        c, h, w = self.shape
+        if not 1 <= len(self.pictures) == self.n <= PICTURES:
+            raise ValueError(f"there must be n pictures, 1 to {PICTURES}")
+        if c not in (1, 3) or min(h, w) < 1 or self.n * h * w > PIXELS:
+            raise ValueError(f"pictures must be grey or color, of {PIXELS:,} pixels in all at most")
+        if not 0 <= self.scale <= 1:
+            raise ValueError("scale must be in [0, 1]")
         return self

@@ -1,4 +1,4 @@
-"""The four data files of a run folder, read and written. No torch, no pandas.
+"""The data files of a run folder, read and written. No torch, no pandas.
 
 Files of RobustBench are read too; what they say is no measurement, and is not written again.
 """
@@ -17,10 +17,10 @@ from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import robustbench
 from robench.reports.published import Published
-from robench.reports.record import Epoch, Landscape, Record, Transfer
+from robench.reports.record import Epoch, Gallery, Landscape, Record, Transfer
 
 RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
-LANDSCAPES = "landscape.jsonl"
+LANDSCAPES, GALLERIES = "landscape.jsonl", "gallery.jsonl"
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -36,6 +36,7 @@ class Results:
     transfers: list[Transfer] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
     landscapes: list[Landscape] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)  # given as files of RobustBench
 
 
@@ -62,17 +63,20 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / TRANSFERS, Transfer),
             _read(folder / EPOCHS, Epoch),
             _read(folder / LANDSCAPES, Landscape),
+            _read(folder / GALLERIES, Gallery),
         )
         found.records.extend(anchored(part, folder).records)
         found.transfers.extend(part.transfers)
         found.epochs.extend(part.epochs)
         found.landscapes.extend(part.landscapes)
+        found.galleries.extend(part.galleries)
     return Results(_unique(found.records), _unique(found.transfers), _unique(found.epochs),
-                   _unique(found.landscapes), list(dict.fromkeys(found.published)))
+                   _unique(found.landscapes), _unique(found.galleries),
+                   list(dict.fromkeys(found.published)))
 
 
 def save(out: Path, results: Results) -> list[Path]:
-    """Write the four files into `out`, each whole or not at all; returns their paths.
+    """Write the data files into `out`, each whole or not at all; returns their paths.
 
     Rows keep their order. Absolute paths of flags become relative to `out`, so that the folder
     can be moved. Raises RobenchError if the disk refuses.
@@ -83,7 +87,7 @@ def save(out: Path, results: Results) -> list[Path]:
     ]
     files: tuple[tuple[str, Iterable[BaseModel]], ...] = (
         (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs),
-        (LANDSCAPES, results.landscapes),
+        (LANDSCAPES, results.landscapes), (GALLERIES, results.galleries),
     )
     for name, lines in files:
         write_atomic(out / name, "".join(f"{line.model_dump_json()}\n" for line in lines))

@@ -53,13 +53,30 @@ def estimate(counts: Sequence[int], n: int) -> Estimate:
     return Estimate(mean, std, *wilson(mean, n), n)
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share in [0, 1] of n > 0 images, without correction."""
-    shrink = 1 + Z95**2 / n
-    center = (share + Z95**2 / (2 * n)) / shrink
-    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """The Wilson interval of a share in [0, 1] of n > 0 images, without correction.
+
+    z: of the normal distribution, for another level than 95 %.
+    """
+    shrink = 1 + z**2 / n
+    center = (share + z**2 / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At 0 and 1 the interval ends there exactly; rounding must not leave [0, 1].
     return min(max(center - half, 0.0), share), max(min(center + half, 1.0), share)
+
+
+def lowest(shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """A 95 % interval of the lowest of K true shares, from the observed ones of n > 0 images each.
+
+    It holds although the same images tell which one is the lowest. Below, no correction is due:
+    the lowest lower limit is at or below that of the truly lowest share. Above, all K shares must
+    be at or below their upper limits for the lowest of these to hold, each at 2.5 % / K therefore
+    (Bonferroni).
+    """
+    z = float(norm.ppf(1 - 0.025 / len(shares)))
+    pairs = list(zip(shares, sizes, strict=True))
+    return (min(wilson(share, n)[0] for share, n in pairs),
+            min(wilson(share, n, z)[1] for share, n in pairs))
 
 
 def paired_p(ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]) -> float:

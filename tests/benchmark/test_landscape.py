@@ -279,10 +279,10 @@ def survey(robench, checkpoint, monkeypatch):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    from robench.benchmark import external, landscapes, matrix
+    from robench.benchmark import external, matrix, studies
     from robench.reports.store import save
 
-    for one in (external, landscapes, matrix):
+    for one in (external, studies, matrix):
         monkeypatch.setattr(one, "render", lambda results, out: save(out, results))
 
 

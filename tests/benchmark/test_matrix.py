@@ -108,9 +108,9 @@ def again(finished, job, tmp_path):
 
 def test_the_files_of_a_run(finished):
     assert {p.name for p in finished.iterdir()} == {
-        "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "leaderboard.csv",
-        "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json", "rob_f.csv",
-        "landscape.csv", "published.csv", "cells", "figures",
+        "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "gallery.jsonl",
+        "leaderboard.csv", "leaderboard.md", "leaderboard.html", "leaderboard.tex",
+        "leaderboard.json", "rob_f.csv", "landscape.csv", "published.csv", "cells", "figures",
     }
     cells = list((finished / "cells").iterdir())
     assert len(cells) == 3  # the teacher was trained once

@@ -35,7 +35,7 @@ def report(tmp_path, monkeypatch, capsys, make_record):
 
 def written(folder):
     return {path.name for path in folder.iterdir()} - {
-        "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl"}
+        "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "gallery.jsonl"}
 
 
 def test_only_the_formats_that_are_named(report, tmp_path):

@@ -5,7 +5,7 @@ from robench.errors import RobenchError, UsageError
 from robench.reports import REPORTS, Results, load, render
 from robench.reports.base import ASKED, Report, format_of
 
-FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl",
+FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "gallery.jsonl",
          "leaderboard.csv", "leaderboard.md", "leaderboard.html", "leaderboard.tex",
          "leaderboard.json", "rob_f.csv", "landscape.csv", "published.csv"}
 
@@ -23,9 +23,10 @@ def test_all_files_are_written(rendered):
     figures = {name for name in names if name.startswith("figures/")}
     assert names - figures == FILES and len(figures) == 12
     empty = {path.name for path in paths if not path.stat().st_size}
-    assert empty == {"landscape.jsonl"}  # of which the campaign has none
-    assert [path.name for path in paths[:4]] == ["results.jsonl", "transfer.jsonl",
-                                                 "training.jsonl", "landscape.jsonl"]
+    assert empty == {"landscape.jsonl", "gallery.jsonl"}  # of which the campaign has none
+    assert [path.name for path in paths[:5]] == ["results.jsonl", "transfer.jsonl",
+                                                 "training.jsonl", "landscape.jsonl",
+                                                 "gallery.jsonl"]
     assert set(out.rglob("*")) - set(paths) == {out / "figures"}
 
 
