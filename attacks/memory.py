@@ -48,7 +48,7 @@ class Batches:
                                    "more, or a smaller network") from None
         # Here the error has let go of the tensors of the try.
         self.size, self.halved = self.size // 2, True
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
     def __call__(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

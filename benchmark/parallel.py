@@ -120,7 +120,7 @@ def _task() -> Iterator[None]:
         with contextlib.suppress(RobenchError):
             yield
     except SystemExit:  # which the pool would take for the result
-        util._exit_function()
+        util._exit_function()  # type: ignore[attr-defined]
         os._exit(1)
 
 
