@@ -23,6 +23,7 @@ class Prepared:
 
     Attributes:
         net: for the search. judge: the model itself, as `verify` is to call it.
+        predicted: (N,) the class that the clean image is taken for.
         correct: (N,) bool, right on the clean image.
         fingerprint: (64,) or less, the largest logits of the first images: the same weights may
             be used in another way.
@@ -31,6 +32,7 @@ class Prepared:
     net: Network
     judge: Classifier
     images: Images
+    predicted: Tensor
     correct: Tensor
     fingerprint: Tensor
 
@@ -57,6 +59,7 @@ def prepared(
     padded = in_micro_batches(model)
     with frozen(model), searching(precision):
         logits = clean_logits(model, x) if logits is None else logits
+        predicted = logits.argmax(1)
         others = logits.scatter(1, y[:, None], -torch.inf)
         ranked = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
         net: Network | None = None
@@ -68,7 +71,8 @@ def prepared(
             net=net,
             judge=padded if precision == "ieee" else model,
             images=Images(x, y, ranked, image_ids(x)),
-            correct=logits.argmax(1) == y,
+            predicted=predicted,
+            correct=predicted == y,
             fingerprint=logits[:64].amax(1),
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import robench
 from robench.attacks.base import Classifier
+from robench.attacks.found import CLEAN, STANDS, Found, Progress
 from robench.attacks.network import Precision
 from robench.attacks.noise import stream_keys, words
 from robench.attacks.pool import Images, Pool, Stepper, Units
@@ -27,8 +28,7 @@ from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
 from robench.signals import waiting
 
-FORMAT = 3  # of the state file: counts up when a stepper's state changes
-STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
+FORMAT = 4  # of the state file: counts up when it, or a stepper's state, changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,61 +95,6 @@ class OneStage(Pooled):
         return (Stage(cast(Stepper, self)),)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a search stands.
-
-    Attributes:
-        stage: name of the running stage. left: units of it that have not ended.
-        done: share of the whole search, by expected passes. standing, n: images.
-    """
-
-    stage: str
-    left: int
-    done: float
-    standing: int
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What became of N images.
-
-    Attributes:
-        x_adv: (N, C, H, W) the confirmed example where there is one, else the last iterate of
-            the last stage; the image itself where no stage leaves one, and after an interrupted
-            search that did not keep them.
-        fell_to: (N,) index of the stage that broke the image, STANDS or CLEAN.
-        stages: their names.
-        distance: (N,) float64 norm of the confirmed perturbations, 0 elsewhere.
-        violations: claimed examples outside the threat model; none counted.
-        forwards, backwards: passes of single images through the network.
-        seconds: per stage.
-        open: images that stand but have units that did not end, after a time budget.
-        prepared: how the network was prepared.
-        slots: units in flight.
-        sampled: (images that the stages with a share saw, images that they broke), or None.
-    """
-
-    x_adv: Tensor
-    fell_to: npt.NDArray[np.int16]
-    stages: tuple[str, ...]
-    distance: npt.NDArray[np.float64]
-    violations: int
-    forwards: int
-    backwards: int
-    seconds: tuple[float, ...]
-    open: int
-    prepared: str
-    slots: int
-    sampled: tuple[int, int] | None
-
-    @property
-    def standing(self) -> npt.NDArray[np.bool_]:
-        stands: npt.NDArray[np.bool_] = self.fell_to == STANDS
-        return stands
-
-
 class Search:
     """Runs a pooled attack on images (N, C, H, W), N >= 1, with labels (N,).
 
@@ -196,6 +141,7 @@ class Search:
         ) as ready:
             self._net, self._judge_model = ready.net, ready.judge
             self._fell_to[~ready.correct.cpu().numpy()] = CLEAN
+            self._predicted = ready.predicted.cpu().numpy()
             self._standing = ready.correct
             self._prepare(ready)
             try:
@@ -285,6 +231,7 @@ class Search:
         rows = torch.from_numpy(first).to(image.device)
         self._x_adv[image[rows]] = candidate[rows]
         self._standing[image[rows]] = False
+        self._predicted[names[first]] = verdict.predicted[rows].cpu().numpy()
         distance = verdict.distance[rows].cpu().numpy()
         if threat != self._attack.threat:  # of a union: the same share of its eps
             distance *= self._attack.threat.eps / threat.eps
@@ -339,6 +286,7 @@ class Search:
         arrays = {
             "identity": np.array(self._identity), "fingerprint": self._fingerprint,
             "fell_to": self._fell_to, "distance": self._distance,
+            "predicted": self._predicted,
             "passes": self._passes + self._passed(), "violations": np.array(self._violations),
             "seconds": np.array(self._seconds), "stage": np.array(stage),
             **{f"ended{i}": array for i, array in enumerate(self._ended)},
@@ -357,6 +305,7 @@ class Search:
             under_way = units_of(kept, images)
             fell_to, distance, passes = kept["fell_to"], kept["distance"], kept["passes"]
             violations, seconds = int(kept["violations"]), kept["seconds"].tolist()
+            predicted = kept["predicted"]
             if self._keep:
                 broken = torch.from_numpy(fell_to >= 0)
                 self._x_adv[broken] = torch.from_numpy(kept["examples"]).to(self._x)
@@ -364,6 +313,7 @@ class Search:
             return
         self._fell_to, self._distance, self._passes = fell_to, distance, passes
         self._violations, self._seconds, self._ended = violations, seconds, ended
+        self._predicted = predicted
         self._standing = torch.from_numpy(fell_to == STANDS).to(self._y.device)
         self._under_way = None if under_way is None else (int(kept["stage"]), under_way)
 
@@ -374,7 +324,7 @@ class Search:
                    for chosen, ended in zip(self._chosen, self._ended, strict=True)]
         names = [stage.stepper.name for stage in self._stages]
         return Found(
-            x_adv=self._x_adv, fell_to=self._fell_to,
+            x_adv=self._x_adv, fell_to=self._fell_to, predicted=self._predicted,
             stages=(*names, "replay") if self._starts is not None else tuple(names),
             distance=self._distance, violations=self._violations, forwards=int(passes[0]),
             backwards=int(passes[1]), seconds=tuple(self._seconds),

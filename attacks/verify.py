@@ -39,11 +39,13 @@ class Verdict:
         fooled: (N,) bool: inside the threat model and misclassified.
         distance: (N,) float64 norm of the perturbation.
         outside: (N,) bool: not finite, or outside the ball or the box; never counted as fooled.
+        predicted: (N,) int64 the class with the largest logit; -1 where a logit is not finite.
     """
 
     fooled: Tensor
     distance: Tensor
     outside: Tensor
+    predicted: Tensor
 
 
 @torch.no_grad()
@@ -64,5 +66,5 @@ def verify(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threa
         images = x_adv if x_adv.dtype == torch.float64 else x_adv.float()
         logits = Batches(max(1, len(images)))(model, images)
     # A model that answers NaN recognizes nothing: robustness must not come from that.
-    wrong = (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)
-    return Verdict(wrong & ~outside, distance, outside)
+    predicted = logits.argmax(1).where(torch.isfinite(logits).all(1), -1)
+    return Verdict((predicted != y) & ~outside, distance, outside, predicted)

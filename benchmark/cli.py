@@ -14,7 +14,7 @@ from robench.benchmark.commands.doctor import doctor
 from robench.benchmark.commands.landscape import landscape
 from robench.benchmark.commands.report import analyze, list_, report
 from robench.benchmark.commands.speed import speed
-from robench.benchmark.commands.survey import steps, transfer
+from robench.benchmark.commands.survey import gallery, steps, transfer
 from robench.benchmark.commands.train import run
 from robench.errors import EXIT_CODES, RobenchError
 
@@ -30,8 +30,8 @@ def cli() -> None:
     """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
 
 
-for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, transfer, steps,
-                 report, analyze, list_, doctor):
+for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, gallery,
+                 transfer, steps, report, analyze, list_, doctor):
     cli.add_command(_command)
 
 

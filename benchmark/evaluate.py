@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.base import Attack, Classifier, memory_format
+from robench.attacks.found import Found
+from robench.attacks.found import Progress as SearchProgress
 from robench.attacks.memory import Batches
 from robench.attacks.prepare import clean_logits
-from robench.attacks.search import Found, Pooled, Search
-from robench.attacks.search import Progress as SearchProgress
+from robench.attacks.search import Pooled, Search
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.checks import check_finite, check_logits, eps_unit, examine
@@ -32,6 +33,7 @@ from robench.reports.trust import Finding, flag, texts
 from robench.reports.uncertainty import wilson
 
 Flags = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.int64]
 Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
 BATCH = 500  # images per call of an attack that has no pool
 
@@ -41,7 +43,9 @@ class Measurement:
     """One attack on one network over N images.
 
     Attributes:
-        correct: (N,) right on the clean image. robust: (N,) and not fooled either.
+        label, clean: (N,) the true class, and what the clean image is taken for.
+        predicted: (N,) what the counted adversarial example is taken for, in fp32, -1 where the
+            network gives no finite logits; where there is no example, or need be none, as `clean`.
         max_distance: largest perturbation among the counted examples, in the threat's norm.
         violations: claimed examples outside the threat model; none of them was counted.
         precision: of the search; the verdicts are fp32 always.
@@ -56,8 +60,9 @@ class Measurement:
     attack: AttackSpec
     config: dict[str, Any]
     threat: ThreatModel
-    correct: Flags
-    robust: Flags
+    label: Labels
+    clean: Labels
+    predicted: Labels
     seconds: float
     max_distance: float
     violations: int
@@ -71,6 +76,18 @@ class Measurement:
     open: int = 0
     prepared: str = ""
     examples: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def correct(self) -> Flags:
+        """(N,) right on the clean image."""
+        flags: Flags = self.clean == self.label
+        return flags
+
+    @property
+    def robust(self) -> Flags:
+        """(N,) right on the clean image, and not fooled."""
+        flags: Flags = self.predicted == self.label
+        return flags
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -154,7 +171,9 @@ class Target:
         check_logits(model, self.batch(0, BATCH)[0], data.y)
         self.clean = torch.cat([check_finite(clean_logits(model, self.batch(i, i + BATCH)[0])).cpu()
                                 for i in range(0, len(data), BATCH)])
-        self.correct: Flags = (self.clean.argmax(1) == data.y.cpu()).numpy()
+        self.label: Labels = data.y.cpu().numpy()
+        self.predicted: Labels = self.clean.argmax(1).numpy()
+        self.correct: Flags = self.predicted == self.label
         self.classes = self.clean.shape[1]
         # The same weights may be used in another way.
         self.fingerprint = self.clean[:64].amax(1).numpy()
@@ -210,11 +229,12 @@ def _pooled(
     rows, notes = torch.from_numpy(correct), attack.notes(target.classes)
     common: dict[str, Any] = {
         "attack": spec, "config": attack.config(target.classes), "threat": attack.threat,
-        "correct": correct, "precision": attack.precision,
+        "label": target.label[:n], "clean": target.predicted[:n], "precision": attack.precision,
     }
+    predicted = target.predicted[:n].copy()
     if not correct.any():
-        return Measurement(**common, robust=correct, seconds=0.0, max_distance=0.0, violations=0,
-                           notes=notes)
+        return Measurement(**common, predicted=predicted, seconds=0.0, max_distance=0.0,
+                           violations=0, notes=notes)
     x, y, clean = (part[:n][rows].to(target.device)
                    for part in (target.data.x, target.data.y, target.clean))
 
@@ -227,12 +247,12 @@ def _pooled(
                     clean=clean, state=partial, keep=keep, deadline=deadline, progress=show,
                     starts=None if starts is None else starts[:n][rows].to(target.device))
     found = search.run()
-    robust, breaker = correct.copy(), np.full(n, -1, dtype=np.int8)
-    robust[correct] = found.standing
+    predicted[correct] = found.predicted
+    breaker = np.full(n, -1, dtype=np.int8)
     breaker[correct] = found.fell_to
     return Measurement(
         **common,
-        robust=robust,
+        predicted=predicted,
         seconds=sum(found.seconds),
         max_distance=float(found.distance.max()),
         violations=found.violations,
@@ -281,8 +301,9 @@ def _batched(
     """An attack from elsewhere, batch by batch. The noise of a batch depends on (seed, attack,
     first image of the batch) and on nothing that ran before."""
     size = target.batch_size or BATCH
-    kept = _load_partial(partial, target.correct[:n], target.fingerprint, size)
-    done, robust, seconds, farthest, violations, notes = kept
+    label, clean = target.label[:n], target.predicted[:n]
+    kept = _load_partial(partial, clean, target.fingerprint, size)
+    done, predicted, seconds, farthest, violations, notes = kept
     batches = Batches(size)
     for start in range(done, n, size):
         if deadline is not None and time.monotonic() >= deadline:
@@ -298,15 +319,16 @@ def _batched(
                 x_adv = batches(lambda x, y: attack(target.model, x, y), x, y)
             notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
             verdict = verify(target.model, x, x_adv, y, threat)
-            robust[start:done][todo.cpu().numpy()] = ~verdict.fooled.cpu().numpy()
+            fell = torch.where(verdict.fooled, verdict.predicted, y)
+            predicted[start:done][todo.cpu().numpy()] = fell.cpu().numpy()
             violations += int(verdict.outside.sum())
             if bool(verdict.fooled.any()):
                 farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
         seconds += time.perf_counter() - began
-        _save_partial(partial, done=done, robust=robust, seconds=seconds, farthest=farthest,
+        _save_partial(partial, done=done, predicted=predicted, seconds=seconds, farthest=farthest,
                       violations=violations, batch_size=size, fingerprint=target.fingerprint,
                       notes=np.array(notes, dtype=str))
-        progress(done / n, f"robust {int(robust[:done].sum())}/{done}")
+        progress(done / n, f"robust {int((predicted == label)[:done].sum())}/{done}")
     if batches.halved:
         notes.append(f"memory: only {batches.size} images at a time fitted; what this attack draws "
                      "at random depends on it")
@@ -314,14 +336,15 @@ def _batched(
         attack=spec,
         config=attack_config(attack, target.classes),
         threat=threat,
-        correct=target.correct[:n],
-        robust=robust,
+        label=label,
+        clean=clean,
+        predicted=predicted,
         seconds=seconds,
         max_distance=farthest,
         violations=violations,
         notes=tuple(notes),
         batch_size=size,
-        open=int(robust[done:].sum()),
+        open=int((predicted == label)[done:].sum()),
     )
 
 
@@ -340,30 +363,38 @@ def attack_config(attack: Attack, classes: int) -> dict[str, Any]:
     return config
 
 
-def save_flags(path: Path, measurement: Measurement) -> None:
-    """Per-image flags, as .npz: bool arrays `correct` and `robust`; for attacks with parts also
-    `breaker`, the index into `stages` of the part that fooled the image first, else -1."""
+def save_flags(path: Path, measurement: Measurement, classes: Sequence[str] = ()) -> None:
+    """What became of each image, as .npz: bool arrays `correct` and `robust`; `label`, `clean` and
+    `predicted` as in Measurement, in the smallest integers; for attacks with parts also `breaker`,
+    the index into `stages` of the part that fooled the image first, else -1; the names of the
+    classes where they are known."""
     m = measurement
+    labels = {"label": m.label, "clean": m.clean, "predicted": m.predicted}
+    small = np.min_scalar_type(-1 - max(int(array.max()) for array in labels.values()))
     parts = {} if m.breaker is None else {"breaker": m.breaker, "stages": np.array(m.stages)}
-    write_atomic(path, pack_arrays({"correct": m.correct, "robust": m.robust, **parts}))
+    names = {"classes": np.array(classes)} if classes else {}
+    write_atomic(path, pack_arrays({
+        "correct": m.correct, "robust": m.robust,
+        **{name: array.astype(small) for name, array in labels.items()}, **parts, **names,
+    }))
 
 
 def _load_partial(
-    path: Path | None, correct: Flags, fingerprint: npt.NDArray[Any], batch_size: int
-) -> tuple[int, Flags, float, float, int, list[str]]:
-    """(images done, robust flags, seconds, largest distance, violations, notes) so far."""
+    path: Path | None, clean: Labels, fingerprint: npt.NDArray[Any], batch_size: int
+) -> tuple[int, Labels, float, float, int, list[str]]:
+    """(images done, predictions, seconds, largest distance, violations, notes) so far."""
     if path is not None and path.exists():
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
                 same = np.allclose(kept["fingerprint"], fingerprint, rtol=1e-3, atol=1e-3)
-                if same and (len(kept["robust"]), int(kept["batch_size"])) == (
-                        len(correct), batch_size):
-                    return (int(kept["done"]), kept["robust"].copy(), float(kept["seconds"]),
+                if same and (len(kept["predicted"]), int(kept["batch_size"])) == (
+                        len(clean), batch_size):
+                    return (int(kept["done"]), kept["predicted"].copy(), float(kept["seconds"]),
                             float(kept["farthest"]), int(kept["violations"]),
                             [str(note) for note in kept["notes"]])
         except Exception:  # damaged bytes may raise anything in a parser
             pass  # a file of finished batches only saves time: start over
-    return 0, correct.copy(), 0.0, 0.0, 0, []
+    return 0, clean.copy(), 0.0, 0.0, 0, []
 
 
 def _save_partial(path: Path | None, **state: Any) -> None:

@@ -336,7 +336,7 @@ class Matrix:
             status="partial" if m.open else "ok",
             flags=str(flags.relative_to(self.spec.out)),
         )
-        save_flags(flags, m)
+        save_flags(flags, m, self.dataset.classes)
         if m.examples is not None:
             kept = Examples(*m.examples, str(threat), self._test_hash(n))
             kept.save(flags.with_suffix(".safetensors"))

@@ -36,19 +36,21 @@ class Bench:
 
     @classmethod
     def create(
-        cls, sources: Sequence[str], spec: RunSpec, limit: int, *, split: Split = "test",
-        partners: bool = False, zoo: Path = Path("models"), quiet: bool = True,
+        cls, sources: Sequence[str], spec: RunSpec, limit: int | None = None, *,
+        split: Split = "test", partners: bool = False, zoo: Path = Path("models"),
+        quiet: bool = True,
     ) -> Bench:
         """Load networks given as for `eval`, or as runs (see `origin.expand`).
 
-        The first spec.limit images are looked at, or `limit` of them if that many are there.
+        The first spec.limit images are looked at, else `limit` of them if that many are there, or
+        all.
         Raises UsageError for what is wrong with the request.
         """
         # The number of images is the command's own: it may be of training images.
         matrix = Matrix(spec.model_copy(update={"limit": None}), Reporter(quiet=quiet))
         given = matrix.dataset.train if split == "train" else matrix.test
         images = Images(*check_images(given.x, given.y, len(matrix.dataset.classes)))
-        images = images.take(spec.limit or min(limit, len(images)))
+        images = images.take(spec.limit or min(limit or len(images), len(images)))
         networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                     for source in expand(sources, partners=partners)]
         for network in networks:

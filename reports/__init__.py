@@ -6,6 +6,7 @@ from robench.reports.base import render as render
 from robench.reports.base import summary as summary
 from robench.reports.record import Crossing as Crossing
 from robench.reports.record import Epoch as Epoch
+from robench.reports.record import Gallery as Gallery
 from robench.reports.record import Landscape as Landscape
 from robench.reports.record import Record as Record
 from robench.reports.record import Steps as Steps

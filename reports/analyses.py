@@ -18,6 +18,9 @@ from robench.registry import unknown
 from robench.reports import tables
 from robench.reports.beside import published, published_boards
 from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards
+from robench.reports.class_boards import class_boards
+from robench.reports.class_figures import draw_classes
+from robench.reports.classes import class_accuracy, confusion
 from robench.reports.crossing import crossing, crossing_boards, draw_crossing
 from robench.reports.curves import draw_over_eps, draw_over_steps, over_eps, over_steps
 from robench.reports.drawings import draw_rob_f, draw_tradeoff, draw_training
@@ -25,6 +28,7 @@ from robench.reports.landscape import landscape_boards, sharpness
 from robench.reports.landscape_figures import draw_landscapes
 from robench.reports.overlap import overlap_table
 from robench.reports.overlap_figures import draw_overlaps
+from robench.reports.pictures import draw_pictures, picture_boards, pictures
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
 from robench.reports.text import NOTHING, Board, Cell, Column, markdown
@@ -155,6 +159,30 @@ ANALYSES = {one.name: one for one in (
     Analysis(
         "overlap", "Attacks", "Which images fall to which attacks",
         lambda results: overlap_table(results.records), draw_overlaps,
+    ),
+    Analysis(
+        "classes", "Classes", "Robust accuracy class by class, and the worst class (Tian et al. "
+        "2021, Xu et al. 2021)",
+        lambda results: class_accuracy(results.records),
+        lambda results, look: draw_classes(results.records, look),
+        lambda results: class_boards(results.records, Trace(results.records)),
+        intro="Robust accuracy class by class, under the attack that ranks the rows, the worst "
+        "class, and what the images of each class are taken for. The interval of the worst class "
+        "is that of the lowest true accuracy of any class, although these images tell which one is "
+        "the lowest; with few images in a class the observed minimum is too low on average. "
+        "Percentages of the images of the true class.",
+    ),
+    Analysis(
+        "confusion", "Confusion", "What the images of each class are taken for, without an attack "
+        "and under the one that ranks",
+        lambda results: confusion(results.records),
+    ),
+    Analysis(
+        "gallery", "Gallery", "Images before and after an attack (measured by `robench gallery`)",
+        pictures, lambda results, look: draw_pictures(results), picture_boards,
+        intro="The first images of the test set that are classified right, and what an attack "
+        "makes of them. The pictures are rounded to 8 bits; predictions are those of the exact "
+        "adversarial examples, in fp32.",
     ),
     Analysis(
         "training", "Training", "How accuracy and loss went while the networks learned",

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,19 +120,35 @@ def survival(record: Record) -> tuple[Flags, Flags] | None:
 
     Raises RobenchError if the file is damaged or is not the record's.
     """
+    found = per_image(record, "correct", "robust")
+    if found is None:
+        return None
+    correct, robust = (found.get(name, np.empty(0)) for name in ("correct", "robust"))
+    flags = all(array.shape == (record.n,) and array.dtype == bool for array in (correct, robust))
+    if not flags or int(robust.sum()) != record.n_robust:
+        raise unfit(record)
+    return correct, robust
+
+
+def per_image(record: Record, *names: str) -> dict[str, npt.NDArray[Any]] | None:
+    """Of these arrays those that the record's file of flags has; None if it is not to be found.
+
+    Raises RobenchError if the file is damaged.
+    """
     path = Path(record.flags)
     if not record.flags or not path.is_file():
         return None
-    try:  # three arrays, a byte for each image or less, and the names of stages
-        arrays = unpack_arrays(path, 3 * record.n + MOST)
-        correct, robust = (arrays[name].astype(bool) for name in ("correct", "robust"))
-    except (OSError, ValueError, KeyError) as error:
+    try:  # six arrays, four bytes for each image or less, and the names of stages and classes
+        arrays = unpack_arrays(path, 24 * record.n + MOST)
+    except (OSError, ValueError) as error:
         raise RobenchError(f"cannot read the survival flags {path}: {error}") from None
-    if (correct.shape, robust.shape, int(robust.sum())) != (
-        (record.n,), (record.n,), record.n_robust
-    ):
-        raise RobenchError(f"the survival flags {path} do not fit their record: evaluate again")
-    return correct, robust
+    return {name: arrays[name] for name in names if name in arrays}
+
+
+def unfit(record: Record) -> RobenchError:
+    """What is to be raised for a file of flags that is of another record."""
+    return RobenchError(f"the survival flags {record.flags} do not fit their record: "
+                        "evaluate again")
 
 
 def _paired(row: Row, baseline: Row, attack: str) -> float:

@@ -37,7 +37,7 @@ def overlap(records: Sequence[Record]) -> pd.DataFrame:
     """
     lines = []
     for number, group in enumerate(ranked_groups(records), start=1):
-        chosen = _chosen(group)
+        chosen = first_and_beside(group)
         seen = [_seen(row) for row in chosen]
         attacks = [name for name in (seen[0] if seen else ()) if all(name in s for s in seen)]
         n = min((len(flags[0]) for s in seen for name in attacks for flags in s[name].values()),
@@ -67,18 +67,23 @@ def overlap_table(records: Sequence[Record]) -> pd.DataFrame:
     })
 
 
-def _chosen(group: Sequence[Row]) -> list[Row]:
+def first_and_beside(group: Sequence[Row]) -> list[Row]:
     """The first row of a ranking and the one to see it beside; [] where nothing is ranked."""
-    attack = strongest(group)
-    ranked = [row for row in group if attack and row.passed(attack)]
-    # As in the leaderboard: among equals the more accurate comes first.
-    ranked.sort(key=lambda row: (-robust_mean(row, attack or ""), -_clean(row), row.label))
+    ranked = by_rank(group)
     if not ranked:
         return []
     first, *others = ranked
     beside = (next((row for row in others if not row.baseline), None) if first.baseline
               else find_baseline(first, ranked))
     return [first] if beside is None else [first, beside]
+
+
+def by_rank(group: Sequence[Row]) -> list[Row]:
+    """The rows that have a rank, in its order; among equals the more accurate comes first."""
+    attack = strongest(group)
+    ranked = [row for row in group if attack and row.passed(attack)]
+    return sorted(ranked, key=lambda row: (-robust_mean(row, attack or ""), -_clean(row),
+                                           row.label))
 
 
 def _clean(row: Row) -> float:

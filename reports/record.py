@@ -14,6 +14,7 @@ _CONFIG = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 # What tables can hold and add up.
 Int = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+PICTURES, PIXELS = 64, 2**24  # of a gallery; of all its clean images together
 Surface = Literal["weight", "weight-2d", "input"]
 
 
@@ -257,3 +258,46 @@ class Steps(Survey):
     attack_seed: Int
     n_correct: Int
     fell_at: tuple[Int, ...]
+
+
+class Picture(BaseModel):
+    """An image that is right when clean, and what an attack made of it."""
+
+    model_config = _CONFIG
+
+    image: Int  # its place in the test set
+    label: Int  # also what the clean image is taken for
+    clean_confidence: float  # the softmax probability of the clean prediction
+    predicted: Int  # of the exact x_adv, in fp32; -1 where the logits are not finite
+    confidence: float  # the softmax probability of this prediction
+    fooled: bool  # inside the threat model and misclassified
+    distance: Number  # of x_adv, in the norm of the threat model
+
+
+class Gallery(Survey):
+    """Images before and after an attack on one network, one line of gallery.jsonl.
+
+    `sheet` is a PNG with a row for each picture and three columns, each (H, W): the clean image,
+    128 + 127 (x_adv - x) / scale, and x_adv. It is rounded to 8 bits, so that a network may see
+    something else in it than in the exact x_adv, of which the predictions are.
+    """
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    attack_seed: Int
+    classes: tuple[str, ...]  # names; label k means classes[k]
+    shape: tuple[Int, Int, Int]  # (C, H, W), C is 1 or 3
+    scale: Number  # largest change of a pixel in all pictures, in [0, 1]
+    pictures: tuple[Picture, ...]
+    sheet: bytes
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        c, h, w = self.shape
+        if not 1 <= len(self.pictures) == self.n <= PICTURES:
+            raise ValueError(f"there must be n pictures, 1 to {PICTURES}")
+        if c not in (1, 3) or min(h, w) < 1 or self.n * h * w > PIXELS:
+            raise ValueError(f"pictures must be grey or color, of {PIXELS:,} pixels in all at most")
+        if not 0 <= self.scale <= 1:
+            raise ValueError("scale must be in [0, 1]")
+        return self

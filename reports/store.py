@@ -19,10 +19,11 @@ from robench.options import first_error
 from robench.reports import robustbench
 from robench.reports.judge import judged
 from robench.reports.published import Published
-from robench.reports.record import Crossing, Epoch, Landscape, Record, Steps, Transfer
+from robench.reports.record import Crossing, Epoch, Gallery, Landscape, Record, Steps, Transfer
 
 RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
 LANDSCAPES, CROSSINGS, STEPS = "landscape.jsonl", "crossing.jsonl", "steps.jsonl"
+GALLERIES = "gallery.jsonl"
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -40,6 +41,7 @@ class Results:
     landscapes: list[Landscape] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)  # given as files of RobustBench
 
 
@@ -70,6 +72,7 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / LANDSCAPES, Landscape),
             _read(folder / CROSSINGS, Crossing),
             _read(folder / STEPS, Steps),
+            _read(folder / GALLERIES, Gallery),
         )
         part = anchored(part, folder)
         _check_flags(part.records, folder)
@@ -79,14 +82,15 @@ def load(paths: Sequence[Path]) -> Results:
         found.landscapes.extend(part.landscapes)
         found.crossings.extend(part.crossings)
         found.steps.extend(part.steps)
+        found.galleries.extend(part.galleries)
     transfers = _unique(found.transfers)
     return Results(judged(_unique(found.records), transfers), transfers, _unique(found.epochs),
                    _unique(found.landscapes), _unique(found.crossings), _unique(found.steps),
-                   list(dict.fromkeys(found.published)))
+                   _unique(found.galleries), list(dict.fromkeys(found.published)))
 
 
 def save(out: Path, results: Results) -> list[Path]:
-    """Write the files into `out`, each whole or not at all; returns their paths.
+    """Write the data files into `out`, each whole or not at all; returns their paths.
 
     Those of later commands are written only where there is or was something in them. Rows keep
     their order. Absolute paths of flags become relative to `out`, so that the folder can be moved.
@@ -99,9 +103,10 @@ def save(out: Path, results: Results) -> list[Path]:
     files: tuple[tuple[str, Sequence[BaseModel]], ...] = (
         (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs),
         (LANDSCAPES, results.landscapes), (CROSSINGS, results.crossings), (STEPS, results.steps),
+        (GALLERIES, results.galleries),
     )
     written = [(out / name, lines) for name, lines in files
-               if lines or name not in (CROSSINGS, STEPS) or (out / name).exists()]
+               if lines or name not in (CROSSINGS, STEPS, GALLERIES) or (out / name).exists()]
     for path, lines in written:
         write_atomic(path, "".join(f"{line.model_dump_json()}\n" for line in lines))
     return [path for path, _ in written]

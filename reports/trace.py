@@ -37,7 +37,7 @@ class Trace:
 
     def __call__(self, line: Mapping[Any, Any], name: str) -> tuple[str, ...]:
         """Links to the records behind "clean", an attack, "worst" or "delta" of a line."""
-        place = line.get("group", line["images"])
+        place = line["group"] if "group" in line else line["images"]
         row, baseline = self._rows[place, *(line[field] for field in Key._fields)]
         attack = line.get("delta_attack")
         if name == "clean":

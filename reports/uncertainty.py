@@ -65,6 +65,20 @@ def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
     return min(max(center - half, 0.0), share), max(min(center + half, 1.0), share)
 
 
+def lowest(shares: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """A 95 % interval of the lowest of K true shares, from the observed ones of n > 0 images each.
+
+    It holds although the same images tell which one is the lowest. Below, no correction is due:
+    the lowest lower limit is at or below that of the truly lowest share. Above, all K shares must
+    be at or below their upper limits for the lowest of these to hold, each at 2.5 % / K therefore
+    (Bonferroni).
+    """
+    z = float(ndtri(1 - 0.025 / len(shares)))
+    pairs = list(zip(shares, sizes, strict=True))
+    return (min(wilson(share, n)[0] for share, n in pairs),
+            min(wilson(share, n, z)[1] for share, n in pairs))
+
+
 def paired_p(ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_]) -> float:
     """Two-sided exact p-value that neither side survives on more images than the other.
 

@@ -1,4 +1,4 @@
-"""robench transfer and steps."""
+"""robench gallery, transfer and steps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,27 @@ LIMIT = click.option("--limit", type=int, metavar="N",
 OUT = click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
                    help="Where the reports go, beside what is there.  [default: the run that is "
                    "named first, else runs/NAME, the name of the command]")
+
+
+@click.command(params=of_eval("sources", "precision"), epilog="""\b
+Examples:
+  robench gallery runs
+  robench gallery a.safetensors --attack autoattack --images 16 --dataset cifar10 --data-root data
+""")
+@click.option("--attack", default="pgd-20", show_default=True, metavar="NAME[,key=value...]",
+              help="As for `robench eval`.")
+@click.option("--images", type=int, default=8, show_default=True, metavar="N",
+              help="The first N images of the test set that the network gets right.")
+@OUT
+def gallery(
+    sources: tuple[str, ...], attack: str, images: int, seed: int | None, zoo: Path, quiet: bool,
+    **given: Any,
+) -> None:
+    """Show images before and after an attack: on networks, or the ranked ones of a run."""
+    from robench.benchmark.gallery import galleries
+
+    spec = _spec("gallery", sources, seed, {**given, "attacks": (attack,)})
+    _tell("gallery", galleries(sources, spec, images, zoo=zoo, quiet=quiet), spec)
 
 
 @click.command(params=list(GIVEN), epilog="""\b

@@ -23,11 +23,11 @@ def at_steps() -> Iterator[None]:
     if _handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(number)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(kind)
         if callable(handler):
-            _handlers[number] = handler
-            signal.signal(number, _note)
+            _handlers[kind] = handler
+            signal.signal(kind, _note)
     try:
         yield
     finally:

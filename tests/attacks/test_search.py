@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robench.attacks.found import CLEAN, STANDS
 from robench.attacks.gradient import PGD
 from robench.attacks.objectives import cw_margin
 from robench.attacks.pool import Step
-from robench.attacks.search import CLEAN, STANDS, OneStage, Pooled, Search, Stage
+from robench.attacks.search import OneStage, Pooled, Search, Stage
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
 
@@ -76,11 +77,19 @@ def test_every_claim_is_verified_and_some_images_stand():
     assert WHOLE.open == 0 and WHOLE.violations == 0
 
 
+def test_predictions_are_of_the_confirmed_examples_and_else_of_the_clean_images():
+    fell = torch.from_numpy(WHOLE.fell_to >= 0)[:, None, None, None]
+    predicted = network()(torch.where(fell, WHOLE.x_adv, X)).argmax(1)
+    assert WHOLE.predicted.tolist() == predicted.tolist()
+    assert ((WHOLE.predicted == Y.numpy()) == WHOLE.standing).all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(slots=st.integers(1, 80), order=st.permutations(range(60)))
 def test_verdicts_do_not_depend_on_the_batch_or_the_order(slots, order):
     found = search(rows=order, slots=slots)
     assert (found.fell_to == WHOLE.fell_to[order]).all()
+    assert (found.predicted == WHOLE.predicted[order]).all()
 
 
 @pytest.mark.parametrize("shards", [2, 7])
@@ -158,6 +167,7 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_if_it_had_not(tmp_path_fa
             after += 5
             assert state.exists()
     assert (found.fell_to == WHOLE.fell_to).all()
+    assert (found.predicted == WHOLE.predicted).all()
     fell = torch.from_numpy(found.fell_to >= 0)
     assert verify(network(), X[fell], found.x_adv[fell], Y[fell], THREAT).fooled.all()
     assert rounds > 0 or after >= 40
@@ -168,6 +178,7 @@ def test_ended_units_are_not_run_again(tmp_path):
     first = search(state=state)
     second = search(state=state)
     assert (second.fell_to == first.fell_to).all()
+    assert (second.predicted == first.predicted).all()
     assert second.forwards == first.forwards and second.backwards == first.backwards
 
 
@@ -228,7 +239,8 @@ def test_a_network_that_answers_nan_is_not_robust(label):
 
     y = torch.full((60,), label)
     for attack in (PGD(THREAT, 3), PGD(THREAT, 3, loss="cw")):
-        assert not Search(attack, model, X, y, seed=0).run().standing.any()
+        found = Search(attack, model, X, y, seed=0).run()
+        assert not found.standing.any() and set(found.predicted) == {-1}
 
 
 def test_examples_from_elsewhere_are_looked_at_first_and_verified():

@@ -110,3 +110,16 @@ def test_precision_of_the_check(dtype, seen):
 
     verify(model, gray().to(dtype), gray().to(dtype), Y, THREAT)
     assert dtypes == [seen]
+
+
+def test_the_prediction_is_that_of_the_example_wherever_it_lies():
+    """-1 where the logits are no numbers, which is wrong whatever the label."""
+    def model(x):
+        low = torch.where(x.flatten(1)[:, :1] > 0.55, torch.nan, 0.0)
+        return torch.cat([low, torch.ones(len(x), 1), torch.full((len(x), 1), -1.0)], 1)
+
+    x_adv = gray()
+    x_adv[1], x_adv[2] = 0.6, 0.9
+    verdict = verify(model, gray(), x_adv, torch.tensor([1, 1, 1, 0]), THREAT)
+    assert verdict.predicted.tolist() == [1, -1, -1, 1]
+    assert verdict.fooled.tolist() == [False, True, False, True]

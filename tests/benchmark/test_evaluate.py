@@ -345,7 +345,7 @@ def test_an_interrupted_measurement_goes_on_with_the_same_flags(model, close, tm
     again = measure(Target(model, close, 15), NOISY, THREAT, partial=partial, progress=stop)
     assert [share for share, _ in batches] == [0.25, 0.5, 0.75, 1]  # no batch twice
     assert batches[-1][1] == f"robust {whole.robust.sum()}/60"
-    assert (again.robust == whole.robust).all()
+    assert (again.predicted == whole.predicted).all()
     assert (again.violations, again.max_distance) == (whole.violations, whole.max_distance)
 
 
@@ -357,7 +357,7 @@ def test_notes_survive_an_interruption(model, data, register, tmp_path):
         assert m.notes == ("something was left out",)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None, "cut", "other"])
+@pytest.mark.parametrize("content", [b"", b"garbage", None, "cut", "other", "old"])
 def test_a_damaged_partial_file_only_costs_time(model, close, tmp_path, content):
     target, partial = Target(model, close, 20), tmp_path / "a.partial"
     whole = measure(target, NOISY, THREAT, partial=partial)
@@ -367,6 +367,10 @@ def test_a_damaged_partial_file_only_costs_time(model, close, tmp_path, content)
         measure(Target(model, close.take(10), 5), NOISY, THREAT, partial=partial)
     elif content is None:
         partial.write_bytes(pack_arrays({"done": 60}))
+    elif content == "old":  # of before predictions were kept
+        with np.load(partial) as kept:
+            arrays = {name: kept[name] for name in kept if name != "predicted"}
+        partial.write_bytes(pack_arrays({**arrays, "robust": np.zeros(60, dtype=bool)}))
     else:
         partial.write_bytes(content)
     again = measure(target, NOISY, THREAT, partial=partial)
@@ -459,26 +463,78 @@ def test_an_interrupted_search_goes_on(model, data, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         measure(Target(model, data, 8), spec, threat, partial=partial, progress=stop)
     again = measure(Target(model, data, 8), spec, threat, partial=partial, progress=stop)
-    assert (again.robust == whole.robust).all() and (again.breaker == whole.breaker).all()
+    assert (again.predicted == whole.predicted).all() and (again.breaker == whole.breaker).all()
     assert again.max_distance == whole.max_distance
     # A unit that was in flight begins again; its steps until then are counted too.
     assert whole.backwards <= again.backwards <= whole.backwards + 8 * 10 / 45
 
 
+# Predictions
+
+
+@pytest.mark.parametrize("name", ["batched", "pgd-2"])
+@pytest.mark.parametrize("limit", [None, 33])
+def test_predictions_are_those_of_the_counted_examples(model, data, register, name, limit):
+    """Of two classes: the other one where the image was fooled, else that of the clean image."""
+    register("batched", lambda model, x, y, threat: x - threat.eps * model.w.detach().sign()
+             .view(3, 2, 2) * (2 * y - 1)[:, None, None, None])
+    spec = AttackSpec(name=name, limit=limit)
+    m = measure(Target(model, data, 20), spec, ThreatModel("Linf", 0.05))
+    clean = model(data.x).argmax(1).numpy()[:limit]
+    right = clean == data.y.numpy()[:limit]
+    assert (m.label == data.y.numpy()[:limit]).all() and (m.clean == clean).all()
+    assert (m.correct == right).all() and not (m.robust & ~right).any()
+    fell = right & ~m.robust
+    assert 0 < fell.sum() < right.sum()
+    assert (m.predicted == np.where(fell, 1 - clean, clean)).all()
+
+
+@pytest.mark.parametrize("name", ["outside", "pgd-2"])
+def test_who_answers_no_number_predicts_nothing(model, data, register, name):
+    """The counted prediction is -1; a claim outside the ball changes nothing."""
+    register("outside", lambda model, x, y, threat: x + 0.2)
+
+    def nan_around(x):
+        known = (x.flatten(1)[:, None] - data.x.flatten(1)[None]).abs().amax(2).amin(1) < 1e-6
+        return torch.where(known[:, None], model(x), torch.nan)
+
+    m = measure(Target(nan_around, data, 60), AttackSpec(name=name), THREAT)
+    assert m.predicted[~m.correct].tolist() == m.clean[~m.correct].tolist()
+    assert (m.predicted[m.correct] == (m.label[m.correct] if name == "outside" else -1)).all()
+
+
 # Files of flags
+
+FLAGS = {"correct", "robust", "label", "clean", "predicted"}
 
 
 def a_measurement(**fields):
-    flags = {"correct": np.array([True, True, False]), "robust": np.array([True, False, False])}
+    labels = {name: np.array(some) for name, some in {
+        "label": [3, 1, 0], "clean": [3, 1, 2], "predicted": [3, -1, 2], **fields}.items()
+        if name in ("label", "clean", "predicted")}
+    others = {name: value for name, value in fields.items() if name not in labels}
     return Measurement(attack=NOISY, config={}, threat=THREAT, seconds=0.0, max_distance=0.0,
-                       violations=0, **flags, **fields)
+                       violations=0, **labels, **others)
+
+
+@pytest.mark.parametrize(("last", "kind"), [(9, "int8"), (127, "int8"), (128, "int16"),
+                                            (999, "int16"), (40_000, "int32")])
+def test_predictions_are_kept_in_small_integers(tmp_path, last, kind):
+    m = a_measurement(clean=[3, 1, last], predicted=[3, -1, last])
+    save_flags(tmp_path / "a.npz", m, ("cat", "模型"))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
+        assert kept["classes"].tolist() == ["cat", "模型"]
+        for name in ("label", "clean", "predicted"):
+            assert kept[name].tolist() == getattr(m, name).tolist() and kept[name].dtype == kind
+        assert kept["correct"].tolist() == [True, True, False]
+        assert kept["robust"].tolist() == [True, False, False]
 
 
 def test_the_file_of_a_pooled_attack_says_what_broke_each_image(tmp_path):
     m = a_measurement(stages=("apgd-ce", "square"), breaker=np.array([-1, 1, -1], dtype=np.int8))
     save_flags(tmp_path / "a.npz", m)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
-        assert set(kept) == {"correct", "robust", "breaker", "stages"}
+        assert set(kept) == {*FLAGS, "breaker", "stages"}
         assert kept["breaker"].tolist() == [-1, 1, -1]
         assert kept["stages"].tolist() == ["apgd-ce", "square"]
 
@@ -491,7 +547,7 @@ def test_files_of_flags_are_plain_numpy_and_have_no_clock(tmp_path, monkeypatch)
     save_flags(tmp_path / "b.npz", a_measurement())
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as kept:
-        assert set(kept) == {"correct", "robust"}
+        assert set(kept) == FLAGS
         assert kept["correct"].tolist() == correct.tolist()
         assert kept["robust"].dtype == bool
     stamps = {e.date_time for e in zipfile.ZipFile(tmp_path / "a.npz").infolist()}

@@ -133,6 +133,24 @@ def write_flags() -> Callable[[Path, Any, Any], str]:
     return write
 
 
+@pytest.fixture
+def predicted(make_record: Callable[..., Record], tmp_path: Path) -> Callable[..., Record]:
+    """A record whose file says what each image is taken for: (label, clean, predicted)."""
+
+    def make(label: Any, clean: Any, taken: Any, names: Any = (), **changes: Any) -> Record:
+        arrays = {name: np.asarray(some, np.int8) for name, some in
+                  {"label": label, "clean": clean, "predicted": taken}.items()}
+        right = {"correct": arrays["clean"] == arrays["label"],
+                 "robust": arrays["predicted"] == arrays["label"]}
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        np.savez(path, **arrays, **right, **({"classes": np.array(names)} if names else {}))
+        return make_record(**{
+            "n": len(label), "n_correct": int(right["correct"].sum()),
+            "n_robust": int(right["robust"].sum()), "flags": str(path), **changes})
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def campaign(
     tmp_path_factory: pytest.TempPathFactory,
