@@ -118,7 +118,7 @@ def test_rows_are_of_the_ranking_attack_and_have_predictions_of_every_seed(
     assert set(frame["label"]) == {"new"} and set(frame["attack"]) == {"pgd-20"}
     assert class_accuracy(half).empty and worst_class(half).empty and confusion(half).empty
     assert class_boards(half) == [] and drawings(Results(half)) == {}
-    failed = make_record(defense="half", seed=1, n=60, status="failed", n_robust=0, attack="pgd-20")
+    failed = make_record(defense="half", seed=1, n=60, n_correct=0, n_robust=0, status="failed")
     assert list(class_accuracy([half[0], failed])["seeds"]) == [1, 1, 1]
 
 

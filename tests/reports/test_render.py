@@ -76,7 +76,7 @@ def test_without_results_there_are_no_tables_and_old_ones_become_headers(campaig
 
 def test_data_are_safe_when_a_report_fails(campaign, tmp_path, write_flags):
     first, *others = campaign.records
-    flags = write_flags(tmp_path / "other.npz", [True], [True])
+    flags = write_flags(tmp_path / "out/other.npz", [True], [True])
     results = Results([first.model_copy(update={"flags": flags}), *others])
     with pytest.raises(RobenchError, match="do not fit"):
         render(results, tmp_path / "out")
