@@ -111,7 +111,7 @@ def test_the_files_of_a_run(finished):
         "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "leaderboard.csv",
         "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json", "rob_f.csv",
         "others.csv", "trade_off.csv", "over_eps.csv", "overlap.csv", "training.csv", "cells",
-        "figures",
+        "classes.csv", "confusion.csv", "figures",
     }
     cells = list((finished / "cells").iterdir())
     assert len(cells) == 3  # the teacher was trained once
