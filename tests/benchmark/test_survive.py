@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from robench import files
+from robench.attacks.network import Network
 from robench.attacks.search import Search
 from robench.benchmark.matrix import run
 from robench.errors import DiskError, RobenchError
@@ -221,12 +222,16 @@ def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
         assert len(workers) >= 2
         (os.killpg if group else os.kill)(process.pid, number)
         out, err = process.communicate(timeout=60)
+        patience = time.monotonic() + 15  # a worker may still be on its way out
+        while any(map(living, workers)) and time.monotonic() < patience:
+            time.sleep(0.05)
+        left = [worker for worker in workers if living(worker)]
     finally:
         with contextlib.suppress(ProcessLookupError):  # it is in a session of its own
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert err.split("\n") == ["", "robench: interrupted; run the same command again to go on", ""]
-    assert not any(map(living, workers))
+    assert left == []
     assert len(list(tmp_path.glob("out/cells/*/state.pt"))) == 2
     assert left_over(tmp_path) == []
 
@@ -236,34 +241,30 @@ def test_a_search_that_is_interrupted_has_kept_its_last_step(tmp_path, robench, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Search, "save_every", 1e9)
     (tmp_path / "interrupted.py").write_text("""
-import os, signal
 import torch
 from torch import nn
 
-torch.manual_seed(0)
-steps = 0
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    def forward(self, x):
-        global steps
-        steps += 1
-        if steps == 12:  # in the middle of a step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.net(x)
-
-net = Net
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """)
+    gradients, passes = Network.gradients, []
+
+    def counted(self, *arguments):
+        passes.append(1)
+        if len(passes) == 5:  # in the middle of a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(self, *arguments)
+
+    monkeypatch.setattr(Network, "gradients", counted)
     done = robench("eval", "interrupted:net", "--attack", "pgd-30,restarts=2", "--threat",
-                   "Linf:0.001", "--limit", 20, "--device", "cpu", "--precision", "ieee",
+                   "Linf:0.001", "--limit", 100, "--device", "cpu", "--precision", "ieee",
                    "--quiet", "--out", "out")
     assert done.code == 130, done.err
     (partial,) = (tmp_path / "out").rglob("*.partial")
     with np.load(partial) as kept:
-        assert len(set(kept["unit.step"].tolist())) == 1
-        assert 0 < kept["unit.step"][0] < 30
+        steps = kept["unit.step"].tolist()  # some units began later
+    assert max(steps) == 5 and min(steps) > 0
 
 
 # Disks that are full

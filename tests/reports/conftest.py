@@ -44,7 +44,11 @@ def make_record() -> Callable[..., Record]:
             "batch_size": 250, "peak_bytes": 10**9, "max_distance": 8 / 255, "violations": 0,
             "warnings": (), "status": "ok",
         }
-        return Record(**{**values, **changes})
+        values |= changes
+        for count, most in (("n_correct", "n"), ("n_robust", "n_correct")):
+            if count not in changes:
+                values[count] = min(values[count], values[most])
+        return Record(**values)
 
     return make
 
@@ -59,7 +63,11 @@ def make_transfer() -> Callable[..., Transfer]:
             "data_sha256": _sha("400"), "clean": 360, "self_crafted": 4, "student_crafted": 300,
             "student_robust": 220,
         }
-        return Transfer(**{**values, **changes})
+        values |= changes
+        for count in ("clean", "self_crafted", "student_crafted", "student_robust"):
+            if count not in changes:
+                values[count] = min(values[count], values["n"])
+        return Transfer(**values)
 
     return make
 

@@ -76,7 +76,7 @@ def test_the_newest_record_of_a_seed_counts(make_record):
 
 def test_a_record_that_contradicts_itself_is_refused(make_record):
     with pytest.raises(UsageError, match="cannot be: .*n_robust"):
-        of_records([make_record(n_robust=399)])
+        of_records([make_record().model_copy(update={"n_robust": 399})])
 
 
 BOMB = base64.b64encode(zlib.compress(bytes(10**7), 9)).decode()
