@@ -92,7 +92,7 @@ def _picture(path: Path) -> None:
 
 
 def _text(path: Path) -> None:
-    assert path.read_text(encoding="utf-8").endswith("\n")
+    assert path.read_text(encoding="utf-8").endswith("</html>" if path.suffix == ".html" else "\n")
 
 
 READERS: dict[str, Callable[[Path], object]] = {
