@@ -29,7 +29,7 @@ from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import pack_arrays, write_atomic
 from robench.randomness import seeded
-from robench.reports.trust import Finding, flag, texts
+from robench.reports.trust import Finding, beyond_luck, flag, texts
 from robench.reports.uncertainty import wilson
 
 Flags = npt.NDArray[np.bool_]
@@ -291,7 +291,7 @@ def _masking(found: Found, n: int) -> list[str]:
     if "square" not in found.stages[1:]:
         return []
     broke = int((found.fell_to == found.stages.index("square")).sum())
-    return list(flag("masking", broke / n))
+    return list(flag("masking", beyond_luck(broke, n)))
 
 
 def _batched(

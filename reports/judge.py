@@ -9,11 +9,10 @@ from robench.errors import UsageError
 from robench.options import parse_number
 from robench.reports.grouping import leaves
 from robench.reports.record import Record, Transfer
-from robench.reports.trust import CHECKS, flag, id_of
+from robench.reports.trust import CHECKS, beyond_luck, flag, id_of
 
 # Flags after which an evaluation needs an attack made for the defense.
 ADAPT = {"random", "dynamic", "masking", "transfer<=whitebox"}
-LUCK = 4  # images on which two runs of an attack may differ by chance
 FALLS = 0.05  # share of the right images below which next to none stands
 
 
@@ -45,11 +44,6 @@ def unreliable(records: Iterable[Record]) -> list[str]:
             name = record.defense if record.source == "trained" else record.source
             found.setdefault(name, {}).update(dict.fromkeys(sorted(ids)))
     return [f"{name}: {', '.join(ids)}" for name, ids in found.items() if ids]
-
-
-def beyond_luck(images: int, n: int) -> float:
-    """The share of n images by which two runs of an attack differ, without LUCK of them."""
-    return max(images - LUCK, 0) / n
 
 
 def adaptive(record: Record) -> bool:

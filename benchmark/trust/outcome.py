@@ -30,7 +30,8 @@ from robench.benchmark.spec import AttackSpec
 from robench.benchmark.trust.active import active_test
 from robench.errors import UsageError
 from robench.randomness import seeded
-from robench.reports.judge import FALLS, beyond_luck
+from robench.reports.judge import FALLS
+from robench.reports.trust import beyond_luck
 from robench.reports.uncertainty import Z95, wilson
 
 QUERIES = 1000  # of Square; AutoAttack has 5000
@@ -129,7 +130,8 @@ def _share(flags: Flags) -> float:
 def masking(p: Patient) -> Number:
     """Square on what stands."""
     spec = AttackSpec(name="square", options={"queries": QUERIES})
-    return Number(_share(p.standing & ~p.survives(spec, among=p.standing)))
+    fell = p.standing & ~p.survives(spec, among=p.standing)
+    return Number(beyond_luck(int(fell.sum()), p.n))
 
 
 def transfer(p: Patient) -> Number:

@@ -428,7 +428,7 @@ def test_it_is_remarked_when_square_finds_what_gradients_do_not():
     m = measure(Target(rounded, Images(x, rounded(x).argmax(1))),
                 AttackSpec(name="autoattack"), ThreatModel("Linf", 0.15))
     (note,) = [note for note in m.notes if note.startswith("masking")]
-    share = f"{100 * m.breakers['square'] / 20:.1f} %"
+    share = f"{100 * (m.breakers['square'] - 4) / 20:.1f} %"  # 4 may be chance
     assert f"Square, which uses no gradients, broke {share} of the images" in note
     assert m.breakers["square"] > 10
 
