@@ -137,8 +137,8 @@ _CHECKS = (
     Check("masking", 8, "run", "images that Square breaks after gradients did not, beyond 4", "%",
           0.002, "warn",
           "Square, which uses no gradients, broke {} of the images and 4 more that the parts "
-          "before it did not: gradients may be masked, and an attack made for this model break more",
-          ADAPT),
+          "before it did not: gradients may be masked, and an attack made for this model break "
+          "more", ADAPT),
     Check("transfer<=whitebox", 9, "doctor", "images that fall to the examples of an undefended "
           "network and not to the attack", "%", 0.01, "warn",
           "examples of an undefended network break {} of the images that the attack does not: it "
