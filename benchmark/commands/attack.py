@@ -34,13 +34,11 @@ Examples:
               show_default=True, help="Where RobustBench's weights lie or are put.")
 @shared
 def evaluate(
-    sources: tuple[str, ...], seed: int | None, budget: str | None, replay: Path | None, zoo: Path,
+    sources: tuple[str, ...], budget: str | None, replay: Path | None, zoo: Path,
     quiet: bool, **given: Any,
 ) -> None:
     """Attack networks: checkpoints, package.module:factory, robustbench:NAME."""
     values = {"out": Path("runs/eval"), **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.external import evaluate_external
     from robench.benchmark.spec import RunSpec
@@ -75,12 +73,10 @@ Examples:
               help="Where parity.md, parity.csv and parity-images.csv go.  "
               "[default: runs/parity]")
 def parity(
-    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+    sources: tuple[str, ...], zoo: Path, quiet: bool, **given: Any
 ) -> None:
     """Compare AutoAttack, PGD, DDN and FMN with other libraries', image by image."""
     values = {"out": Path("runs/parity"), **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.parity import parity as compare
     from robench.benchmark.spec import RunSpec
@@ -97,7 +93,7 @@ Example:
 @click.option("--examples", type=click.Path(path_type=Path), metavar="FILE", required=True,
               help="What --keep-examples wrote.")
 def verify(
-    examples: Path, sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool,
+    examples: Path, sources: tuple[str, ...], zoo: Path, quiet: bool,
     **given: Any,
 ) -> None:
     """Check the examples that --keep-examples wrote again, on the same network or another."""

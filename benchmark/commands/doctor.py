@@ -24,7 +24,7 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where doctor.md and doctor.json go.  [default: they are not written]")
 def doctor(
-    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, out: Path | None,
+    sources: tuple[str, ...], zoo: Path, quiet: bool, out: Path | None,
     **given: Any,
 ) -> None:
     """Check the installation; with networks, whether their evaluation can be trusted.
@@ -34,12 +34,10 @@ def doctor(
     """
     if not sources:
         data_root = given.pop("data_root")
-        if any(value not in (None, ()) for value in given.values()) or out or seed is not None:
+        if any(value not in (None, ()) for value in given.values()) or out:
             raise UsageError("name a NETWORK to examine; without one only --data-root is used")
         return _installation(data_root)
     values = values_of(given)
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.spec import RunSpec
     from robench.benchmark.trust import diagnosis

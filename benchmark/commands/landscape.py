@@ -34,12 +34,10 @@ Examples:
               "[default: runs/landscape]")
 def landscape(
     sources: tuple[str, ...], kind: Any, points: int | None, directions: int | None,
-    steps: int | None, split: Any, seed: int | None, zoo: Path, quiet: bool, **given: Any,
+    steps: int | None, split: Any, zoo: Path, quiet: bool, **given: Any,
 ) -> None:
     """Draw the loss around networks and say how sharp it is."""
     values = {"out": Path("runs/landscape"), **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.landscape import Survey
     from robench.benchmark.landscapes import landscapes

@@ -51,16 +51,17 @@ def shared(function: F) -> F:
 
 
 def values_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of --config, overridden by the options that were given."""
+    """The settings of --config, overridden by the options that were given; a `seed` is the only
+    one of `seeds`."""
     values: dict[str, Any] = {}
-    config = given.pop("config")
+    config, seed = given.pop("config"), given.pop("seed", None)
     if config is not None:
         from robench.benchmark.spec import read_config
 
         values = read_config(config)
     values |= {key: value for key, value in given.items() if value not in (None, ())}
     values.setdefault("data_root", Path("data"))
-    return values
+    return values if seed is None else {**values, "seeds": (seed,)}
 
 
 def seconds_of(text: str) -> float:

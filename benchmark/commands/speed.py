@@ -38,12 +38,10 @@ Examples:
               "[default: runs/speed]")
 def attack(
     sources: tuple[str, ...], task: str, precisions: str, repeats: int, threads: int | None,
-    train_steps: int | None, seed: int | None, zoo: Path, quiet: bool, **given: Any,
+    train_steps: int | None, zoo: Path, quiet: bool, **given: Any,
 ) -> None:
     """Time an attack here and in the library that everybody uses, on the same images."""
     values = {"out": Path("runs/speed"), **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.spec import RunSpec
     from robench.benchmark.speed import speed_attack
@@ -73,7 +71,7 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
               help="Where speed-train.md and .csv go.  [default: runs/speed]")
 def train(
-    batch_size: int, steps: int, repeats: int, threads: int | None, seed: int | None, quiet: bool,
+    batch_size: int, steps: int, repeats: int, threads: int | None, quiet: bool,
     **given: Any,
 ) -> None:
     """Time trainings, of resnet18 if not told otherwise, here and in a plain loop.
@@ -81,8 +79,6 @@ def train(
     On random images unless a --dataset is named.
     """
     values = {"out": Path("runs/speed"), **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
 
     from robench.benchmark.spec import RunSpec
     from robench.benchmark.speed_train import speed_train

@@ -33,13 +33,13 @@ Examples:
               help="The first N images of the test set that the network gets right.")
 @OUT
 def gallery(
-    sources: tuple[str, ...], attack: str, images: int, seed: int | None, zoo: Path, quiet: bool,
+    sources: tuple[str, ...], attack: str, images: int, zoo: Path, quiet: bool,
     **given: Any,
 ) -> None:
     """Show images before and after an attack: on networks, or the ranked ones of a run."""
     from robench.benchmark.gallery import galleries
 
-    spec = _spec("gallery", sources, seed, {**given, "attacks": (attack,)})
+    spec = _spec("gallery", sources, {**given, "attacks": (attack,)})
     _tell("gallery", galleries(sources, spec, images, zoo=zoo, quiet=quiet), spec)
 
 
@@ -51,12 +51,12 @@ Examples:
 @LIMIT
 @OUT
 def transfer(
-    sources: tuple[str, ...], seed: int | None, zoo: Path, quiet: bool, **given: Any
+    sources: tuple[str, ...], zoo: Path, quiet: bool, **given: Any
 ) -> None:
     """Show the examples of each network to every other: networks, or all of a run."""
     from robench.benchmark.crossings import crossings
 
-    spec = _spec("transfer", sources, seed, given)
+    spec = _spec("transfer", sources, given)
     _tell("transfer", crossings(sources, spec, zoo=zoo, quiet=quiet), spec)
 
 
@@ -70,24 +70,22 @@ Examples:
 @LIMIT
 @OUT
 def steps(
-    sources: tuple[str, ...], steps: int, seed: int | None, zoo: Path, quiet: bool, **given: Any
+    sources: tuple[str, ...], steps: int, zoo: Path, quiet: bool, **given: Any
 ) -> None:
     """Measure robust accuracy over the steps of PGD: networks, or the ranked ones of a run."""
     from robench.benchmark.steps import over_steps
 
-    spec = _spec("steps", sources, seed, given)
+    spec = _spec("steps", sources, given)
     _tell("over-steps", over_steps(sources, spec, steps, zoo=zoo, quiet=quiet), spec)
 
 
 def _spec(
-    name: str, sources: Sequence[str], seed: int | None, given: dict[str, Any]
+    name: str, sources: Sequence[str], given: dict[str, Any]
 ) -> RunSpec:
     from robench.benchmark.spec import RunSpec
 
     run = next((Path(source) for source in sources if Path(source).is_dir()), Path("runs", name))
     values = {"out": run, **values_of(given)}
-    if seed is not None:
-        values["seeds"] = (seed,)
     return RunSpec.create(values)
 
 
