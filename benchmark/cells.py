@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from robench.benchmark.recipe import (
 )
 from robench.benchmark.sources import Network, pick_device
 from robench.benchmark.spec import CellSpec, RunSpec
+from robench.benchmark.transfer import rob_f_shares
 from robench.defenses.base import DEFENSES, Defense, Moment, make_defense, options_of
 from robench.defenses.config import TrainConfig
 from robench.defenses.distributed import Team, check_splits
@@ -332,7 +334,7 @@ def _train_together(
 def _train(
     cell: Cell, dataset: Dataset, device: torch.device, reporter: Reporter, team: Team = ALONE
 ) -> None:
-    config, seed = cell.spec.train, cell.spec.seed
+    config, seed, threat = cell.spec.train, cell.spec.seed, ThreatModel.parse(cell.spec.threat)
     data, held_out = dataset.train, None
     if config.validation:
         data, held_out = hold_out(data, config.validation)
@@ -354,11 +356,12 @@ def _train(
                 networks(),
                 (data.x, data.y),
                 config,
-                threat=ThreatModel.parse(cell.spec.threat),
+                threat=threat,
                 keeper=keeper,
                 selection=None if selection is None else (selection.x.to(device),
                                                           selection.y.to(device)),
                 augment=dataset.augment,
+                analyze=partial(rob_f_shares, threat=threat, seed=seed),
                 seed=seed,
                 watcher=_watcher(cell, keeper, len(data), update, reporter) if team.leads
                 else None,

@@ -57,6 +57,8 @@ def metrics(log: EpochLog) -> dict[str, float]:
     }
     for name, (clean, robust) in log.averages.items():
         values |= {f"{name}_clean": clean, f"{name}_robust": robust}
+    for name, (own, students) in log.rob_f.items():
+        values |= {f"rob_f/{name}_self": own, f"rob_f/{name}_student": students}
     return {name: value for name, value in values.items() if value is not None}
 
 

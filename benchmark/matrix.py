@@ -393,7 +393,7 @@ class Matrix:
                 run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
                 defense=spec.defense, recipe=spec.recipe, epoch=log.epoch, lr=log.lr,
                 seconds=log.seconds, losses=log.losses, selection=spec.train.select,
-                clean=log.clean, robust=log.robust, averages=log.averages,
+                clean=log.clean, robust=log.robust, averages=log.averages, rob_f=log.rob_f,
             )
             for log in result.history
         ]

@@ -102,6 +102,17 @@ def rob_f(
                        of_student["student"].right) for name in nets}
 
 
+def rob_f_shares(
+    nets: Mapping[str, nn.Module], data: tuple[Tensor, Tensor], threat: ThreatModel, *, seed: int
+) -> dict[str, tuple[float, float]]:
+    """(Rob_f(x_f*), Rob_f(x_S*)) in [0, 1] of every network; {} for a student without company."""
+    if len(nets) == 1:
+        return {}
+    images = Images(*data)
+    return {name: (row.self_crafted / len(images), row.student_crafted / len(images))
+            for name, row in rob_f(nets, images, threat, seed=seed).items()}
+
+
 def _loss_on(net: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda z: ce(net(z), y)
 

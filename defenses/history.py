@@ -21,6 +21,8 @@ class EpochLog:
         losses: the mean over the steps of every part of the loss, "total" among them.
         images: training images that passed.
         averages: of each average of weights that was measured, (clean, robust).
+        rob_f: of each network f, accuracy on x_f*, crafted against f, and on x_S*, crafted against
+            the student (Jung et al. 2024); empty for a student that learns alone.
     """
 
     epoch: int  # 0-based
@@ -31,15 +33,16 @@ class EpochLog:
     robust: float | None = None
     images: int = 0
     averages: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rob_f: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, kept: Mapping[str, Any]) -> EpochLog:
         """From the JSON of `asdict`, also as it was when SWA was the only average."""
         content = dict(kept)
         swa = content.pop("swa_clean", None), content.pop("swa_robust", None)
-        averages = dict(content.pop("averages", {} if None in swa else {"swa": swa}))
-        return cls(**content, averages={name: (clean, robust)
-                                        for name, (clean, robust) in averages.items()})
+        averages = _pairs(content.pop("averages", {} if None in swa else {"swa": swa}))
+        rob_f = _pairs(content.pop("rob_f", {}))
+        return cls(**content, averages=averages, rob_f=rob_f)
 
     def score(self, of: str = STUDENT) -> tuple[float, float] | None:
         """What the selection compares: robust accuracy, clean accuracy where that is equal."""
@@ -50,6 +53,10 @@ class EpochLog:
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
+
+
+def _pairs(kept: Any) -> dict[str, tuple[float, float]]:
+    return {name: (first, second) for name, (first, second) in dict(kept).items()}
 
 
 History = Sequence[EpochLog]

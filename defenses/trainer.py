@@ -13,6 +13,7 @@
         now.after_epoch(views)
         update the averages of every epoch        # SWA, from swa_start on
         measure student and averages              # clean and PGD, on the selection split
+        analyze the networks together             # Rob_f, on the selection split
         keep best, last, swa, ema, ..., peer      # networks
         keep the state                            # optimizers, averages, memory, history
 """
@@ -48,6 +49,8 @@ EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 ALONE = Team()
 Augment = Callable[[Tensor], Tensor]
+Data = tuple[Tensor, Tensor]  # images (N, C, H, W) in [0, 1] and labels (N,)
+Analysis = Callable[[Nets, Data], dict[str, tuple[float, float]]]
 
 
 class TrainingFailed(RobenchError):
@@ -87,7 +90,7 @@ class _Training:
     defense: Defense
     nets: Nets
     views: Nets
-    train: tuple[Tensor, Tensor]
+    train: Data
     augment: Augment
     config: TrainConfig
     watcher: Watcher
@@ -104,13 +107,14 @@ class _Training:
 def fit(
     defense: Defense,
     nets: Nets,
-    train: tuple[Tensor, Tensor],
+    train: Data,
     config: TrainConfig,
     *,
     threat: ThreatModel,
     keeper: Keeper,
-    selection: tuple[Tensor, Tensor] | None = None,
+    selection: Data | None = None,
     augment: Augment = lambda x: x,
+    analyze: Analysis = lambda nets, data: {},
     seed: int = 0,
     watcher: Watcher | None = None,
     team: Team = ALONE,
@@ -124,6 +128,8 @@ def fit(
         threat: of the selection attack.
         selection: images and labels on which the best epoch is chosen; None if select is last.
         augment: a batch of images to a batch of images, random through torch's generator.
+        analyze: from the trained and given networks and the selection to `EpochLog.rob_f`, in
+            every epoch that is measured; it leaves the networks as they are.
         team: of several processes, each calls this with the same arguments but for the device;
             batches are split among them. The first one tells `watcher` and saves with `keeper`.
 
@@ -170,6 +176,7 @@ def fit(
                 averaged = _averaged(run, progress)
             if selection is not None and config.measures(log.epoch):
                 log = _measured(log, run.student, averaged, selection, attack, seed)
+                log = replace(log, rob_f=analyze(nets, selection))
             progress.history.append(log)
             keep_networks(keeper, progress, averaged, config)
             keeper.save_state(progress.state_dict())
@@ -227,7 +234,7 @@ def _steps(n: int, size: int) -> int:
     return max(1, n // size + (n % size > 1))
 
 
-def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: Data, size: int) -> Iterator[Data]:
     """Shuffled batches. A last batch of one image is left out: batch-norm cannot use it."""
     x, y = data
     order = torch.randperm(len(x), device=x.device)
@@ -271,7 +278,7 @@ def _measured(
     log: EpochLog,
     student: nn.Module,
     averaged: Mapping[str, nn.Module],
-    selection: tuple[Tensor, Tensor],
+    selection: Data,
     attack: PGD,
     seed: int,
 ) -> EpochLog:
@@ -285,7 +292,7 @@ def _measured(
 
 
 def accuracies(
-    net: nn.Module, data: tuple[Tensor, Tensor], attack: PGD
+    net: nn.Module, data: Data, attack: PGD
 ) -> tuple[float, float]:
     """Clean and attacked accuracy in [0, 1]; what is wrong when clean is not attacked."""
     correct, robust, batches = 0, 0, Batches(EVAL_BATCH)

@@ -23,7 +23,7 @@ from robench.reports.class_figures import draw_classes
 from robench.reports.classes import class_accuracy, confusion
 from robench.reports.crossing import crossing, crossing_boards, draw_crossing
 from robench.reports.curves import draw_over_eps, draw_over_steps, over_eps, over_steps
-from robench.reports.drawings import draw_rob_f, draw_tradeoff, draw_training
+from robench.reports.drawings import draw_rob_f, draw_rob_f_training, draw_tradeoff, draw_training
 from robench.reports.landscape import landscape_boards, sharpness
 from robench.reports.landscape_figures import draw_landscapes
 from robench.reports.overlap import overlap_table
@@ -112,6 +112,12 @@ ANALYSES = {one.name: one for one in (
         intro="Who withstands whose examples: Rob_f(x_f*) is the accuracy of network f on examples "
         "crafted against f itself, Rob_f(x_S*) its accuracy on examples crafted against the "
         "student S. Percentages.",
+    ),
+    Analysis(
+        "rob-f-training", "Rob_f over training", "Rob_f after each epoch, on the images that "
+        "select checkpoints",
+        lambda results: tables.rob_f_training(results.epochs, results.records),
+        draw_rob_f_training,
     ),
     Analysis(
         "transfer", "Transfer", "Every network on the examples of every other (measured by "

@@ -8,11 +8,17 @@ from statistics import fmean
 import pandas as pd
 
 from robench.reports.boards import group_title
-from robench.reports.figures import clean_vs_robust, cost_vs_robust, rob_f_bars, training_curves
+from robench.reports.figures import (
+    clean_vs_robust,
+    cost_vs_robust,
+    rob_f_bars,
+    rob_f_curves,
+    training_curves,
+)
 from robench.reports.record import Epoch, Transfer
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
-from robench.reports.tables import run_labels
+from robench.reports.tables import rob_f_training, run_labels
 from robench.reports.text import TITLES, duration
 from robench.reports.tradeoff import tradeoff
 
@@ -99,6 +105,25 @@ def draw_training(results: Results, look: Looks) -> Iterator[Drawing]:
             "Training curves of " + ", ".join(
                 f"{label} ({max(e.epoch for e in run) + 1} epochs)" for label, run in runs.items()),
             training_curves(runs, title, look),
+        )
+
+
+def draw_rob_f_training(results: Results, look: Looks) -> Iterator[Drawing]:
+    """One for each data set, model and recipe."""
+    frame = rob_f_training(results.epochs, results.records)
+    for place, panel in frame.groupby(["dataset", "model", "recipe"], sort=False):
+        title = ", ".join(map(str, place))
+        last = panel[panel["epoch"] == panel.groupby("label")["epoch"].transform("max")]
+        yield Drawing(
+            f"rob-f-training {title}",
+            f"{title}. Accuracy of each network f after each epoch, left on examples crafted "
+            "against the student (x_S*), right on those crafted against f itself (x_f*); the mean "
+            "over seeds, bands go from the lowest to the highest seed.",
+            "Accuracy in percent on x_S* and on x_f* after the last epoch: " + "; ".join(
+                f"{label}: {network} {some['rob_f_student'].mean():.1f} and "
+                f"{some['rob_f_self'].mean():.1f}"
+                for (label, network), some in last.groupby(["label", "network"], sort=False)),
+            rob_f_curves(panel, title, look),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import fmean
 from typing import Literal
 
@@ -200,6 +201,35 @@ def training_curves(
         handles.append(Line2D([], [], color=INK, linestyle=style))
         labels.append(f"averaged weights ({name.upper()})")
     legend_below(figure, handles, labels)
+    return figure
+
+
+@house_style()
+def rob_f_curves(panel: pd.DataFrame, title: str, look: Mapping[str, Look]) -> Figure:
+    """Rob_f(x_S*) and Rob_f(x_f*) over the epochs, from rows of `tables.rob_f_training`.
+
+    A color for each defense, a line style for each of its networks.
+    """
+    figure, axes = new_figure(9.5, 3.7, panels=2, share="y")
+    roles = ["student", *sorted(set(panel["network"]) - {"student"})]
+    styles = dict(zip(roles, cycle(_LINES), strict=False))
+    lines: dict[str, Line2D] = {}
+    for key, some in panel.groupby(["label", "network"], sort=False):
+        label, network = map(str, key)
+        for place, column in zip(axes, ("rob_f_student", "rob_f_self"), strict=True):
+            _over_epochs(place, list(zip(some["epoch"], some[column], strict=True)), look[label],
+                         styles[network])
+        lines[shorten(f"{label}: {network}")] = Line2D(
+            [], [], color=look[label].color, marker=look[label].marker, markersize=4,
+            linestyle=styles[network])
+    for place, what in zip(axes, ("on x_S*, crafted against the student",
+                                  "on x_f*, crafted against f itself"), strict=True):
+        place.set(title=what, xlabel="epoch", ylim=(0, None))
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    splits = sorted(set(panel["selection"].replace("val", "validation")))
+    axes[0].set_ylabel(f"{' / '.join(splits)} accuracy of f (%)")
+    figure.suptitle(shorten(title, 80))
+    legend_below(figure, list(lines.values()), list(lines))
     return figure
 
 

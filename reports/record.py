@@ -148,6 +148,7 @@ class Epoch(BaseModel):
     clean: Number | None  # the student's accuracy in [0, 1]; None where it was not measured
     robust: Number | None  # under the selection attack
     averages: Mapping[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
+    rob_f: Mapping[str, tuple[Number, Number]] = {}  # of each network f, on x_f* and on x_S*
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,8 @@ DELTA = ("delta", "delta_p", "delta_to", "delta_attack")
 ROB_F = ("dataset", "recipe", "model", "defense", "label", "checkpoint", "selection", "seed",
          "network", "rob_f_self", "rob_f_student", "student_robust", "clean", "n", "attack",
          "threat")
+ROB_F_TRAINING = ("run", "dataset", "model", "recipe", "defense", "label", "seed", "epoch",
+                  "selection", "network", "rob_f_self", "rob_f_student")
 TRAINING = ("run", "dataset", "model", "recipe", "defense", "label", "seed", "epoch", "lr",
             "seconds", "selection", "clean", "robust")
 
@@ -94,6 +96,23 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
         for t in transfers
     ]
     return make_frame(lines, ROB_F)
+
+
+def rob_f_training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
+    """`rob_f` on the selection split after each epoch, one row per network f, epoch and run."""
+    labels = run_labels(records)
+    lines = [
+        {
+            **e.model_dump(include=set(ROB_F_TRAINING)),
+            "label": labels.get(e.run, e.defense),
+            "selection": mark(e.selection),
+            "network": network,
+            "rob_f_self": 100 * own,
+            "rob_f_student": 100 * students,
+        }
+        for e in epochs for network, (own, students) in e.rob_f.items()
+    ]
+    return make_frame(lines, ROB_F_TRAINING)
 
 
 def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:

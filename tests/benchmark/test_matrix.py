@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from robench.attacks.base import ATTACKS
+from robench.attacks.threat import ThreatModel
 from robench.benchmark import matrix
 from robench.benchmark.checkpoints import load_checkpoint, weights_sha256
+from robench.benchmark.data import hold_out, load_dataset
 from robench.benchmark.matrix import Matrix, run
 from robench.benchmark.progress import Reporter
 from robench.benchmark.recipe import Settings
 from robench.benchmark.spec import RunSpec
+from robench.benchmark.transfer import rob_f
 from robench.errors import RobenchError, UsageError
 from robench.reports.store import RECORDS, load, save
 
@@ -110,8 +113,8 @@ def test_the_files_of_a_run(finished):
     assert {p.name for p in finished.iterdir()} == {
         "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "leaderboard.csv",
         "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json", "rob_f.csv",
-        "others.csv", "trade_off.csv", "over_eps.csv", "overlap.csv", "training.csv", "cells",
-        "classes.csv", "confusion.csv", "figures",
+        "rob_f_training.csv", "others.csv", "trade_off.csv", "over_eps.csv", "overlap.csv",
+        "training.csv", "cells", "classes.csv", "confusion.csv", "figures",
     }
     cells = list((finished / "cells").iterdir())
     assert len(cells) == 3  # the teacher was trained once
@@ -185,6 +188,25 @@ def test_the_selected_epoch_is_that_of_the_log(finished):
             assert logs[r.epoch].robust == max(e.robust for e in logs)
         elif r.checkpoint in ("last", "swa-last"):
             assert r.epoch == 1
+
+
+def test_rob_f_of_an_epoch_is_that_of_its_networks_on_the_held_out_images(finished, job):
+    def network(r):
+        return load_checkpoint(finished / "cells" / r.run / f"{r.checkpoint}.safetensors")[0]
+
+    results, n = load([finished]), job()["train"]["validation"]
+    held_out = hold_out(load_dataset("digits").train, n)[1]
+    last = {r.run: r for r in results.records if r.checkpoint == "last"}
+    teacher = next(r for r in results.records if (r.defense, r.checkpoint) == ("trades", "best"))
+    for epoch in results.epochs:
+        if epoch.defense == "trades":
+            assert epoch.rob_f == {}
+        elif epoch.epoch == 1:
+            nets = {"student": network(last[epoch.run]), "teacher": network(teacher)}
+            threat = ThreatModel.parse(teacher.threat)
+            again = rob_f(nets, held_out, threat, seed=epoch.seed)
+            assert epoch.rob_f == {name: (row.self_crafted / n, row.student_crafted / n)
+                                   for name, row in again.items()}
 
 
 # Nothing is done twice

@@ -24,7 +24,8 @@ def history(robust, clean=None, losses=None):
 
 
 def test_a_log_survives_json():
-    log = EpochLog(3, 0.1, 2.0, {"total": 1.5}, 0.9, 0.4, 100, {"swa": (0.8, 0.5)})
+    log = EpochLog(3, 0.1, 2.0, {"total": 1.5}, 0.9, 0.4, 100, {"swa": (0.8, 0.5)},
+                   {"student": (0.3, 0.3), "peer": (0.0, 0.6)})
     assert EpochLog.read(json.loads(json.dumps(asdict(log)))) == log
     assert log.images_per_second == 50
     assert (log.score(), log.score("swa"), log.score("ema")) == ((0.4, 0.9), (0.5, 0.8), None)
@@ -40,7 +41,7 @@ def test_logs_of_the_time_when_swa_was_the_only_average(swa, averages):
 
 
 @pytest.mark.parametrize("damaged", [{}, {"epoch": 1}, "text", {"averages": 3}, None,
-                                     {"averages": {"swa": 1}}])
+                                     {"averages": {"swa": 1}}, {"rob_f": {"peer": [0.1]}}])
 def test_damaged_logs(damaged):
     with pytest.raises((ValueError, KeyError, TypeError)):
         EpochLog.read(damaged)

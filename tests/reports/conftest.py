@@ -198,7 +198,9 @@ def campaign(
                            losses={"total": 2.3 * 0.93**epoch + 0.1 * seed},
                            clean=clean * (1 - 0.8 ** (epoch + 1)),
                            robust=robust * (1 - 0.8 ** (epoch + 1)),
-                           averages={"swa": (clean, robust + 0.01)} if epoch >= 20 else {})
+                           averages={"swa": (clean, robust + 0.01)} if epoch >= 20 else {},
+                           rob_f={"student": (robust, robust), "peer": (0.01, 0.5 + 0.004 * epoch)}
+                           if defense == "peeraid" else {})
                 for epoch in range(30))
             if defense == "peeraid":
                 results.transfers.extend([

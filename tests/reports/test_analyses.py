@@ -11,9 +11,10 @@ from robench.reports.analyses import ANALYSES
 from robench.reports.curves import over_eps
 from robench.reports.gallery import draw, looks_of
 from robench.reports.page import sections
-from robench.reports.tables import training
+from robench.reports.tables import rob_f_training, training
 
-WITH_DATA = {"leaderboard", "rob-f", "others", "trade-off", "over-eps", "overlap", "training"}
+WITH_DATA = {"leaderboard", "rob-f", "rob-f-training", "others", "trade-off", "over-eps", "overlap",
+             "training"}
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def test_every_analysis_of_a_campaign(one, campaign):
     frame, drawings = one.frame(campaign), draw(one, campaign, looks_of(campaign))
     assert (not frame.empty) == (one.name in WITH_DATA)
     assert drawings == [] or one.name in WITH_DATA
-    assert ("trades" in one.text(campaign)) == (one.name in WITH_DATA - {"rob-f"})
+    assert ("trades" in one.text(campaign)) == (
+        one.name in WITH_DATA - {"rob-f", "rob-f-training"})
 
 
 def test_the_page_has_a_tab_for_each_with_something_to_see(campaign):
@@ -100,6 +102,14 @@ def test_over_eps_begins_at_clean_accuracy_and_knows_its_seeds(campaign):
     assert list(trades["accuracy"]) == pytest.approx([82, 74.5, 67, 52, 37])
     assert set(trades["seeds"]) == {2} and set(trades["n"]) == {200}
     assert (frame["low"] <= frame["accuracy"]).all() and (frame["accuracy"] <= frame["high"]).all()
+
+
+def test_rob_f_over_training_has_a_line_for_each_network_epoch_and_run(campaign):
+    frame = rob_f_training(campaign.epochs, campaign.records)
+    assert len(frame) == 2 * 2 * 30 and set(frame["label"]) == {"peeraid"}
+    peer = frame[(frame["network"] == "peer") & (frame["seed"] == 1) & (frame["epoch"] == 10)]
+    assert list(peer["rob_f_self"]) == pytest.approx([1])
+    assert list(peer["rob_f_student"]) == pytest.approx([54])
 
 
 def test_training_has_a_line_for_each_epoch_and_run(campaign):

@@ -31,7 +31,8 @@ def texts(svg):
 def test_every_kind_of_figure_is_drawn(campaign):
     drawings = draw_all(campaign)
     assert [d.name for d in drawings] == [
-        "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "clean-vs-robust-digits-test-linf-8-255",
+        "rob-f-digits-linf-8-255-pgd-10-resnet18-unified", "rob-f-training-digits-resnet18-unified",
+        "clean-vs-robust-digits-test-linf-8-255",
         "cost-vs-robust-digits-test-linf-8-255", "accuracy-over-eps-digits-test-linf-pgd-20",
         "overlap-digits-test-linf-8-255", "training-digits-resnet18-unified",
     ]
