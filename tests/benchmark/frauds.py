@@ -1,12 +1,8 @@
-"""Planted frauds, which every evaluation should catch, and sound networks, which it should not.
-
-All on the digits that come with scikit-learn.
-"""
+"""Planted frauds, which every evaluation should catch, and sound networks, which it should not."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -43,11 +39,11 @@ def sound(defense: str, epochs: int = EPOCHS) -> nn.Module:
 
 
 class Wrapped(nn.Module):
-    """A fraud around a network without any defense."""
+    """A fraud around a network without any defense, made for clean images (N, C, H, W) and eps."""
 
-    def __init__(self, epochs: int = EPOCHS) -> None:
+    def __init__(self, net: nn.Module, images: Tensor, eps: float) -> None:
         super().__init__()
-        self.net = sound("standard", epochs)
+        self.net, self.eps = net, eps
 
 
 class Quantized(Wrapped):
@@ -61,7 +57,7 @@ class Shattered(Wrapped):
     """Adds a noise of high frequency, a smooth function of the image: useless gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x + 0.2 * torch.sin(3000 * x))
+        return self.net(x + self.eps * torch.sin(3000 * x))
 
 
 class Saturated(Wrapped):
@@ -74,9 +70,9 @@ class Saturated(Wrapped):
 class Detached(Wrapped):
     """What decides is hidden from autograd, and a side branch leads astray."""
 
-    def __init__(self, epochs: int = EPOCHS) -> None:
-        super().__init__(epochs)
-        self.side = nn.Linear(64, 10)
+    def __init__(self, net: nn.Module, images: Tensor, eps: float) -> None:
+        super().__init__(net, images, eps)
+        self.side = nn.Linear(images[0].numel(), 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).detach() + 0.01 * self.side(x.flatten(1))
@@ -86,16 +82,23 @@ class Stochastic(Wrapped):
     """Noise in the input, drawn anew in every pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x + 0.1 * torch.randn_like(x))
+        return self.net(x + self.eps / 2 * torch.randn_like(x))
 
 
 class BatchAware(Wrapped):
     """Smooths the images of a batch that is rougher than clean batches are."""
 
+    def __init__(self, net: nn.Module, images: Tensor, eps: float) -> None:
+        super().__init__(net, images, eps)
+        self.limit = 1.05 * self.rough(images)
+
+    @staticmethod
+    def rough(x: Tensor) -> Tensor:
+        return (x[..., 1:] - x[..., :-1]).abs().mean()
+
     def forward(self, x: Tensor) -> Tensor:
-        rough = (x[..., 1:] - x[..., :-1]).abs().mean()
         smooth = nn.functional.avg_pool2d(x, 3, 1, 1)
-        return self.net(torch.where(rough > 0.28, smooth, x))
+        return self.net(torch.where(self.rough(x) > self.limit, smooth, x))
 
 
 class Purifying(Wrapped):
@@ -105,7 +108,7 @@ class Purifying(Wrapped):
         with torch.enable_grad():
             z = x.detach().requires_grad_(True)
             (way,) = torch.autograd.grad(self.net(z).logsumexp(1).sum(), z)
-        return self.net(x + 0.02 * way.sign())
+        return self.net(x + self.eps / 10 * way.sign())
 
 
 class Softmax(Wrapped):
@@ -118,28 +121,44 @@ class Softmax(Wrapped):
 class InTrainMode(Wrapped):
     """Left in train mode: its batch-norm looks at the batch."""
 
-    def __init__(self, epochs: int = EPOCHS) -> None:
-        super().__init__(epochs)
-        self.net = copy.deepcopy(self.net).train()
+    def __init__(self, net: nn.Module, images: Tensor, eps: float) -> None:
+        super().__init__(copy.deepcopy(net).train(), images, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-# name -> (network, threat model, the check that is to find it)
-FRAUDS: dict[str, tuple[Callable[..., nn.Module], ThreatModel, str]] = {
-    "quantized input": (Quantized, THREAT, "zero-grad"),
-    "gradient-shattering noise": (Shattered, THREAT, "unstable"),
-    "saturated logits": (Saturated, THREAT, "saturated"),
-    "softmax outputs": (Softmax, THREAT, "probabilities"),
-    "detached branch": (Detached, THREAT, "grad-vs-fd"),
-    "stochastic layer": (Stochastic, THREAT, "random"),
-    "recognizes batch statistics": (BatchAware, THREAT, "batch-invariant"),
-    "left in train mode": (InTrainMode, THREAT, "eval-mode"),
-    "optimizes in its forward pass": (Purifying, THREAT, "dynamic"),
-    "eps in the wrong unit: L2:8/255": (
-        lambda epochs=EPOCHS: sound("standard", epochs), ThreatModel("L2", 8 / 255), "eps-unit"),
-    "eps in the wrong unit: L2:128": (
-        lambda epochs=EPOCHS: sound("standard", epochs), ThreatModel("L2", 128.0), "eps-unit"),
+class Innocent(Wrapped):
+    """The network as it is: here the threat model is the fraud."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+# name -> (the fraud, the check that is to find it)
+FRAUDS: dict[str, tuple[type[Wrapped], str]] = {
+    "quantized input": (Quantized, "zero-grad"),
+    "gradient-shattering noise": (Shattered, "unstable"),
+    "saturated logits": (Saturated, "saturated"),
+    "softmax outputs": (Softmax, "probabilities"),
+    "detached branch": (Detached, "grad-vs-fd"),
+    "stochastic layer": (Stochastic, "random"),
+    "recognizes batch statistics": (BatchAware, "batch-invariant"),
+    "left in train mode": (InTrainMode, "eval-mode"),
+    "optimizes in its forward pass": (Purifying, "dynamic"),
+    "eps in the wrong unit: L2:8/255": (Innocent, "eps-unit"),
+    "eps in the wrong unit: L2:128": (Innocent, "eps-unit"),
 }
 SOUND = ("standard", "pgd-at", "trades")
+
+
+def plant(
+    name: str, net: nn.Module, images: Tensor, threat: ThreatModel
+) -> tuple[nn.Module, ThreatModel, str]:
+    """The fraud in a network, the threat model that it claims, and the check that finds it."""
+    fraud, check = FRAUDS[name]
+    _, unit, wrong = name.partition("unit: ")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = fraud(net, images, threat.eps)
+    return made, ThreatModel.parse(wrong) if unit else threat, check

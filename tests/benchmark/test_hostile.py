@@ -3,11 +3,7 @@
 import json
 import os
 import pickle
-import shutil
-import warnings
 import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,44 +12,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from robench.attacks.state import read_state
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.cells import Cell
 from robench.benchmark.checkpoints import CellFolder, load_checkpoint, read_weights
 from robench.benchmark.data import load_dataset
-from robench.benchmark.examples import Examples
-from robench.benchmark.kept import kept_record, kept_survey, kept_transfers
 from robench.benchmark.sources import load_network
-from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, parse_value, read_config
+from robench.benchmark.spec import parse_value, read_config
 from robench.errors import RobenchError, UsageError
 from robench.files import pack_arrays
 from robench.reports import load, render
 from robench.reports.compare import survival
-from robench.reports.embed import embed
-from robench.reports.jsonfile import from_json
-from robench.reports.record import Landscape
-from robench.reports.tables import from_csv
 
-COMMITTED = Path(__file__).parents[2] / "results" / "cifar10-small-resnet"
-CONFIG = """\
-defense: [peeraid, trades]
-baseline: pgd-at
-dataset: digits
-threat: Linf:8/255
-seeds: [0, 1]
-epochs: 3
-attacks: [fgsm, {name: pgd, options: {steps: 5, step_size: 2/255}, limit: 10}]
-train: {lr: 0.1, batch_size: 64, milestones: [0.5, 0.75]}
-options: {trades: {beta: 6.0}}
-jobs: 2
-out: runs/x
-"""
-ROBUSTBENCH = {
-    "link": "https://arxiv.org", "name": "A name", "authors": "A, B", "venue": "V 2020",
-    "additional_data": False, "number_forward_passes": 1, "dataset": "cifar10",
-    "architecture": "WideResNet-34-10", "eps": "8/255", "clean_acc": "85.34",
-    "autoattack_acc": "53.42", "external": "52.9", "footnote": None, "unreliable": False,
-}
+from .hostile import COMMITTED, make_cases, survives
+
 # What JSON and YAML can put in the place of a value.
 VALUES = ["null", "true", "-1", "0", "1", "1e308", "-1e308", "1e-320", "1e999", "NaN", "Infinity",
           "-Infinity", ".nan", ".inf", "1" + "0" * 30, "1" + "0" * 5000, '""', '"NaN"', '"x"',
@@ -62,7 +32,6 @@ VALUES = ["null", "true", "-1", "0", "1", "1e308", "-1e308", "1e-320", "1e999", 
           "[" * 200 + "]" * 200, '{"a":' * 500 + "1" + "}" * 500, "2001-99-99", "!!binary aGk=",
           "!!python/object/apply:os.abort []", "*a", "&a [*a, *a]", "'<script>'",
           "9223372036854775807"]
-
 
 def damage(valid: bytes, rng) -> bytes:
     """A few mutations of a file that was well."""
@@ -94,110 +63,14 @@ def damage(valid: bytes, rng) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory, make_network, make_header):
-    """name -> (a file that is well, a function that reads it as a command does)."""
-    from robench.benchmark.checkpoints import save_checkpoint
-
-    folder = tmp_path_factory.mktemp("hostile")
-    digits, threat = load_dataset("digits"), ThreatModel("Linf", 0.1)
-    lines = {name: (COMMITTED / name).read_bytes().splitlines(keepends=True)
-             for name in ("results.jsonl", "transfer.jsonl", "training.jsonl")}
-    few = {name: b"".join(rows[::len(rows) // 4 or 1][:5]) for name, rows in lines.items()}
-    record = load([COMMITTED]).records[0]
-    net, place = make_network(), folder / "net.safetensors"
-    save_checkpoint(place, net, make_header())
-    torch.save(net.state_dict(), folder / "net.pt")
-    torch.save({"nets": {}, "optimizers": {}, "memory": {}, "averages": {}, "history": []},
-               folder / "state.pt")
-    Examples(torch.arange(3), torch.rand(3, 1, 8, 8), "Linf:0.1", "0").save(folder / "examples")
-    landscape = json.dumps({
-        **{name: "x" for name in ("run", "created", "robench", "torch", "device", "commit",
-                                  "dataset", "data_sha256", "model", "source", "weights_sha256",
-                                  "defense", "recipe", "selection", "checkpoint", "attack")},
-        "threat": "Linf:0.1", "seed": 0, "threads": 1, "split": "test", "n": 3,
-        "fingerprint": [1.0], "defense_config": {}, "kind": "weight", "attack_config": {},
-        "direction_seed": 0, "alphas": [-1, 0, 1], "losses": [[1, 2, 3]], "seconds": 1}).encode()
-
-    def run_folder(path):
-        home = path.parent
-        for name, text in few.items():
-            if name != path.name:
-                (home / name).write_bytes(text)
-        render(load([home]), home / "out", ["csv", "md", "tex", "json", "html", "robustbench"])
-
-    def config(path):
-        spec = RunSpec.create(read_config(path))
-        check_attacks(spec.attacks, ThreatModel.parse(spec.threat or "Linf:0.1"))
-
-    def texts(path):
-        text = path.read_bytes().decode(errors="replace")
-        for read in (ThreatModel.parse, AttackSpec.parse, lambda t: parse_value(t, "--set")):
-            try:
-                read(text)
-            except RobenchError:
-                pass
-
-    def embedding(path):
-        (path.parent / "results.jsonl").write_bytes(few["results.jsonl"])
-        embed(path)
-
-    def published(path):
-        target = path.parent / "Linf" / "Name.json"
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-        render(load([target]), path.parent / "out", ["csv", "md", "html"])
-
-    return {
-        **{name: (text, run_folder) for name, text in few.items()},
-        "landscape.jsonl": (landscape, run_folder),
-        "config.yaml": (CONFIG.encode(), config),
-        "model.json": (json.dumps(ROBUSTBENCH).encode(), published),
-        "flags.npz": (pack_arrays({"correct": np.ones(record.n, bool),
-                                   "robust": np.arange(record.n) < record.n_robust}),
-                      lambda path: survival(record.model_copy(update={"flags": str(path)}))),
-        "net.safetensors": (place.read_bytes(),
-                            lambda path: load_network(str(path), digits, threat)),
-        "net.pt": ((folder / "net.pt").read_bytes(), read_weights),
-        "state.pt": ((folder / "state.pt").read_bytes(),
-                     lambda path: CellFolder(path.parent, None, "cpu").load_state()),
-        "examples": ((folder / "examples").read_bytes(), Examples.load),
-        "done.json": (json.dumps({"seconds": 1.5, "history": [], "devices": 1}).encode(),
-                      lambda path: Cell.result(SimpleNamespace(folder=path.parent))),
-        "kept.json": (lines["results.jsonl"][0], lambda path: [
-            read(path, *more) for read, more in ((kept_record, (record.fingerprint,)),
-                                                 (kept_transfers, ()),
-                                                 (kept_survey, (Landscape, record.fingerprint)))]),
-        "search.partial": (pack_arrays({"identity": np.array("x"), "fingerprint": np.ones(3)}),
-                           lambda path: read_state(path, "x", np.ones(3))),
-        "leaderboard.csv": ((COMMITTED / "leaderboard.csv").read_bytes(), lambda path: from_csv(
-            path.read_bytes().decode(errors="surrogateescape"))),
-        "leaderboard.json": ((COMMITTED / "leaderboard.json").read_bytes(), lambda path: from_json(
-            path.read_bytes().decode(errors="surrogateescape"))),
-        "README.md": (b"<!-- robench: . leaderboard -->\n<!-- /robench -->\n", embedding),
-        "option": (b"pgd,steps=50,restarts=5", texts),
-    }
+def cases(tmp_path_factory):
+    return make_cases(tmp_path_factory.mktemp("hostile"))
 
 
 NAMES = ["results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "config.yaml",
          "model.json", "flags.npz", "net.safetensors", "net.pt", "state.pt", "examples",
          "done.json", "kept.json", "search.partial", "leaderboard.csv", "leaderboard.json",
          "README.md", "option"]
-
-
-def survives(case, name, folder, rng):
-    """Whatever is wrong with it, a RobenchError of one line says so."""
-    valid, read = case
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    path = folder / name
-    path.write_bytes(damage(valid, rng))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # overflows in a table are no tracebacks
-        try:
-            read(path)
-        except RobenchError as error:
-            assert str(error)
-            assert len(str(error)) < 5000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,7 +89,8 @@ def test_damaged_files_end_in_one_line(cases, name, tmp_path):
               suppress_health_check=list(HealthCheck))
     @given(rng=st.randoms(use_true_random=INPUTS != 8))
     def fuzz(rng):
-        survives(cases[name], name, tmp_path / "in", rng)
+        valid, read = cases[name]
+        survives(read, tmp_path / "in" / name, damage(valid, rng))
 
     fuzz()
 

@@ -34,7 +34,7 @@ from robench.reports.judge import NETWORK
 from robench.reports.store import save
 from robench.reports.trust import CHECKS, Finding, id_of, texts
 
-from .frauds import FRAUDS, SOUND, THREAT, Quantized, Saturated, digits, sound
+from .frauds import EPOCHS, FRAUDS, SOUND, THREAT, digits, plant, sound
 
 DOCS = Path(__file__).parents[2] / "docs" / "trust.md"
 FEW = 32  # images
@@ -43,6 +43,10 @@ QUICK = 3  # epochs of the networks of quick tests
 
 def flags(findings):
     return [f.check.id for f in findings if f.flagged]
+
+
+def planted(name, epochs=QUICK):
+    return plant(name, sound("standard", epochs), digits().test.x, THREAT)
 
 
 def patient(net, threat=THREAT, n=FEW, attacks=EXAMINED):
@@ -81,9 +85,9 @@ def test_a_check_flags_what_is_above_its_limit(check):
 
 @pytest.mark.parametrize("name", FRAUDS)
 def test_a_fraud_raises_its_flag_and_no_other(name):
-    make, threat, check = FRAUDS[name]
     images = digits().test.take(2 * FEW)
-    scores = evaluate(make(QUICK), images.x, images.y, threat=threat, attacks=["fgsm"])
+    net, threat, check = planted(name)
+    scores = evaluate(net, images.x, images.y, threat=threat, attacks=["fgsm"])
     assert [id_of(text) for text in scores.warnings] == [check]
     assert f"| {name} | `{check}` |" in DOCS.read_text(encoding="utf-8")
 
@@ -103,8 +107,8 @@ def test_the_frauds_are_frauds():
     images = digits().test.take(FEW)
     inside = sound("standard", QUICK)
     x_adv = make_attack("pgd-20", THREAT)(inside, images.x, images.y)
-    for make in (Quantized, Saturated):
-        fraud = make(QUICK)
+    for name in ("quantized input", "saturated logits"):
+        fraud, *_ = planted(name)
         claimed = evaluate(fraud, images.x, images.y, threat=THREAT, attacks=["pgd-20"])
         truth = verify(fraud, images.x, x_adv, images.y, THREAT).fooled.float().mean()
         assert claimed.worst_case > 0.9 and truth > 0.5
@@ -124,7 +128,7 @@ def test_the_checks_are_cheap():
 
 
 def test_the_checks_leave_everything_as_it_was():
-    net = FRAUDS["left in train mode"][0](QUICK)
+    net, *_ = planted("left in train mode")
     state = {k: v.clone() for k, v in net.state_dict().items()}
     modes = [module.training for module in net.modules()]
     hooks, random, autograd = dict(net._forward_hooks), torch.get_rng_state(), torch.autograd.grad
@@ -458,5 +462,5 @@ def test_doctor_raises_no_flag_of_a_sound_network(name):
 
 @pytest.mark.slow
 def test_doctor_sees_what_follows_from_a_fraud():
-    raised = set(flags(examine_attacks(patient(Quantized(), n=FEW))))
+    raised = set(flags(examine_attacks(patient(planted("quantized input", EPOCHS)[0], n=FEW))))
     assert {"masking", "transfer<=whitebox", "noise", "eps->100%"} <= raised
