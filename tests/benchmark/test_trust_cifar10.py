@@ -1,4 +1,4 @@
-"""The planted frauds and the sound networks on CIFAR-10, over three seeds: docs/trust.md's table."""
+"""Planted frauds and sound networks on CIFAR-10, over three seeds: a table of docs/trust.md."""
 
 from functools import cache
 from pathlib import Path
