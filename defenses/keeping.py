@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robench.defenses.averaging import Average
 from robench.defenses.config import TrainConfig
@@ -24,8 +24,24 @@ class Keeper(Protocol):
 
 
 @dataclass
+class UnderWay:
+    """An epoch that was interrupted after a step.
+
+    Attributes:
+        seen: what each of its steps so far saw: the parts of the loss, () each.
+        seconds: that these steps took.
+        generators: the states of torch's generators after them; [] before the first step.
+    """
+
+    seen: list[dict[str, Tensor]] = field(default_factory=list)
+    seconds: float = 0.0
+    generators: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class Progress:
-    """All that changes in a training. Epochs are seeded by number, so no generator is kept.
+    """All that changes in a training. Epochs are seeded by number, and between two of them no
+    generator is kept.
 
     Attributes:
         nets: the trained networks.
@@ -33,6 +49,7 @@ class Progress:
         memory: what the defense remembers.
         averages: "swa" and "ema", those that are wanted.
         history: one log for each epoch that is over.
+        under_way: of the next one, where it has begun.
     """
 
     nets: dict[str, nn.Module]
@@ -40,6 +57,7 @@ class Progress:
     memory: dict[str, nn.Module]
     averages: dict[str, Average]
     history: list[EpochLog] = field(default_factory=list)
+    under_way: UnderWay = field(default_factory=UnderWay)
 
     @property
     def epoch(self) -> int:
@@ -51,12 +69,13 @@ class Progress:
             group: {name: part.state_dict() for name, part in parts.items()}
             for group, parts in self._parts().items()
         }
-        return state | {"history": [asdict(log) for log in self.history]}
+        return state | {"history": [asdict(log) for log in self.history],
+                        "under_way": vars(self.under_way)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UsageError for a state of another version of robench."""
         groups = self._parts()
-        if state.keys() != groups.keys() | {"history"}:
+        if state.keys() != groups.keys() | {"history", "under_way"}:
             raise UsageError("the unfinished training is of another version of robench: delete "
                              "its state.pt to train again")
         try:
@@ -64,6 +83,7 @@ class Progress:
                 for name, part in parts.items():
                     part.load_state_dict(state[group][name])
             self.history[:] = [EpochLog(**log) for log in state["history"]]
+            self.under_way = UnderWay(**state["under_way"])
         except Exception as error:  # the names are right, what they hold is not
             raise UsageError("the unfinished training does not fit its spec: delete its state.pt "
                              f"to train again ({one_line(error, 120)})") from None

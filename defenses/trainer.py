@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from robench import signals
 from robench.attacks.base import frozen, memory_format
 from robench.attacks.gradient import PGD
 from robench.attacks.memory import Batches
@@ -41,9 +42,9 @@ from robench.defenses.fast import accelerated
 from robench.defenses.history import EpochLog as EpochLog
 from robench.defenses.history import findings
 from robench.defenses.keeping import Keeper as Keeper
-from robench.defenses.keeping import Progress, keep_networks
+from robench.defenses.keeping import Progress, UnderWay, keep_networks
 from robench.errors import RobenchError
-from robench.randomness import seeded
+from robench.randomness import generators, seeded, set_generators
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
@@ -93,6 +94,7 @@ class _Training:
     train: Data
     augment: Augment
     config: TrainConfig
+    keeper: Keeper
     watcher: Watcher
     team: Team
 
@@ -164,7 +166,7 @@ def fit(
         if state is not None:
             progress.load_state_dict(state)
         views |= memory
-        run = _Training(defense, nets, views, train, augment, config, watcher, team)
+        run = _Training(defense, nets, views, train, augment, config, keeper, watcher, team)
         attack = PGD(threat, config.select_steps, config.select_step_size)
         watcher.begin(progress.history)
         for name in sorted(nets):
@@ -172,7 +174,8 @@ def fit(
                 watcher.warn(f"the {name} is no network for bf16: it is computed as it is")
         while progress.epoch < config.epochs:
             with seeded(seed, "epoch", progress.epoch):
-                log = _epoch(run, progress)
+                with signals.at_steps():
+                    log = _epoch(run, progress)
                 averaged = _averaged(run, progress)
             if selection is not None and config.measures(log.epoch):
                 log = _measured(log, run.student, averaged, selection, attack, seed)
@@ -196,24 +199,36 @@ def _averages(config: TrainConfig, student: nn.Module) -> dict[str, Average]:
 
 
 def _epoch(run: _Training, progress: Progress) -> EpochLog:
-    """One pass over the training images; returns its log without accuracies."""
+    """One pass over the training images; returns its log without accuracies.
+
+    A signal ends it after a step, and that step is kept.
+    """
     config, epoch, size = run.config, progress.epoch, run.config.batch_size
-    started = time.perf_counter()
-    steps, images = _steps(len(run.train[0]), size), 0
-    seen: list[dict[str, Tensor]] = []
+    begun, progress.under_way = progress.under_way, UnderWay()
+    started = time.perf_counter() - begun.seconds
+    steps, images, seen = _steps(len(run.train[0]), size), 0, begun.seen
     layout = memory_format(run.student)
     moving = [average for name, average in progress.averages.items()
               if average.every_step and config.averages(epoch, name)]
     for net in progress.nets.values():
         net.train()
-    for step, (clean, y) in enumerate(_batches(run.train, size)):
-        x = run.augment(clean).contiguous(memory_format=layout)
+
+    def at(step: int) -> tuple[float, Moment]:
         lr = config.lr_of(epoch, step, steps)
+        return lr, Moment(epoch, config.epochs, step, steps, lr / config.lr)
+
+    batches = _batches(run.train, size)
+    for _ in seen:
+        images += len(next(batches)[1])
+    if begun.generators:
+        set_generators(begun.generators)
+    for step, (clean, y) in enumerate(batches, start=len(seen)):
+        x = run.augment(clean).contiguous(memory_format=layout)
+        lr, moment = at(step)
         for optimizer in progress.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        now = run.defense.at(Moment(epoch, config.epochs, step, steps, lr / config.lr))
-        now, own_x, own_y = run.team.split(now, x, y)
+        now, own_x, own_y = run.team.split(run.defense.at(moment), x, y)
         losses = take_step(now, run.views, progress.optimizers.values(), own_x, own_y, config.clip)
         for average in moving:
             average.update(run.student)
@@ -223,8 +238,13 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
         run.watcher.step(epoch, step + 1, steps)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             run.watcher.losses(_look(seen[step // CHECK_EVERY * CHECK_EVERY :], epoch, step))
+        if signals.waiting() and run.team.size == 1:  # several are not stopped at the same step
+            progress.under_way = UnderWay(seen, time.perf_counter() - started, generators())
+            run.keeper.save_state(progress.state_dict())
+        signals.step()
+    lr, moment = at(steps - 1)
     with torch.no_grad():
-        now.after_epoch(run.views)
+        run.defense.at(moment).after_epoch(run.views)
     means = {name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]}
     return EpochLog(epoch, lr, time.perf_counter() - started, means, images=images)
 

@@ -21,6 +21,19 @@ def cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if used else []
 
 
+def generators() -> list[torch.Tensor]:
+    """The states of torch's global generators, of the CPU and of each GPU in use."""
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
+
+
+def set_generators(states: list[torch.Tensor]) -> None:
+    """What `generators` returned, on the same number of GPUs."""
+    cpu, *gpus = (state.cpu() for state in states)
+    torch.set_rng_state(cpu)
+    for device, state in zip(cuda_devices(), gpus, strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def seeded(seed: int, *names: object) -> Iterator[None]:
     """Seed torch's global generators inside; restore them afterwards."""

@@ -1,5 +1,7 @@
 """The training loop: its schedule, what it keeps, and that an interruption changes nothing."""
 
+import os
+import signal
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -383,6 +385,42 @@ def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_bits(
     assert keeper.epochs == whole.epochs
     for checkpoint, (_, weights) in whole.networks.items():
         assert equal(weights, keeper.networks[checkpoint][1]), checkpoint
+
+
+class Signal(Watcher):
+    """Sends a signal after so many steps, and counts them."""
+
+    def __init__(self, kind=None, after=0):
+        self.kind, self.after, self.steps = kind, after, 0
+
+    def step(self, epoch, step, steps):
+        self.steps += 1
+        if self.steps == self.after:
+            os.kill(os.getpid(), self.kind)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("steps", [1, 3, 5, 12])  # of 12; an epoch has 3
+def test_a_signal_ends_a_training_after_the_step_it_is_at_and_nothing_is_lost(
+    train, make_keeper, uninterrupted, name, steps
+):
+    history, nets, _ = uninterrupted[name]
+    (defense, options), keeper = CASES[name], make_keeper()
+    kind = signal.SIGTERM if steps == 5 else signal.SIGINT
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        first = Signal(kind, steps)
+        with pytest.raises(KeyboardInterrupt):
+            train(defense, epochs=4, augment=noisy, keeper=keeper, watcher=first, **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    torch.manual_seed(99)
+    second = Signal()
+    again, resumed, _ = train(defense, epochs=4, augment=noisy, keeper=keeper, watcher=second,
+                              **options)
+    assert (first.steps, second.steps) == (steps, 12 - steps)
+    assert strip(again) == strip(history)
+    assert all(equal(net.state_dict(), resumed[k].state_dict()) for k, net in nets.items())
 
 
 def test_a_state_of_another_version_is_refused(train, make_keeper):
