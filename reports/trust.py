@@ -168,7 +168,7 @@ _CHECKS = (
           "range in the last 10 of 50 steps", "%", 0.25, "warn",
           "the loss of {} of the images is still growing when PGD ends", "Attack longer"),
     Check("unstable", 16, "cheap", "mean change of the margin within 1/255, relative to its mean "
-          "size", "%", 0.1, "warn",
+          "size", "%", 0.05, "warn",
           "noise below one level of 8 bits changes the margin by {} on average: the loss is too "
           "rough for gradients to show the way",
           "Attack an average over noise (BPDA, EOT), and look at the gap to autoattack",
