@@ -136,6 +136,8 @@ def test_the_documentation_shows_every_figure_of_the_committed_campaign():
     page = Path(__file__).parents[2] / "docs" / "figures.md"
     shown = [page.parent / link for link in re.findall(r"!\[.+\]\((.+)\)", page.read_text())]
     folder = page.parents[1] / "results" / "cifar10-small-resnet"
-    assert {path.resolve() for path in shown} == set((folder / "figures").glob("*.png"))
+    others = set((page.parent / "figures").glob("*.png"))  # of what the campaign has no data for
+    shown = {path.resolve() for path in shown}
+    assert shown - others == set((folder / "figures").glob("*.png")) and others < shown
     drawn = {drawing.name for drawing in draw_all(load([folder]))}
-    assert {path.stem for path in shown} == drawn
+    assert {path.stem for path in shown - others} == drawn
