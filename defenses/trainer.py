@@ -37,6 +37,7 @@ from robench.defenses.config import TrainConfig as TrainConfig
 from robench.defenses.config import make_optimizer
 from robench.defenses.distributed import ReadOnly, Team
 from robench.defenses.fast import accelerated
+from robench.defenses.feed import Pixels, shuffled, steps_of
 from robench.defenses.history import EpochLog as EpochLog
 from robench.defenses.history import findings
 from robench.defenses.keeping import Keeper as Keeper
@@ -87,7 +88,7 @@ class _Training:
     defense: Defense
     nets: Nets
     views: Nets
-    train: tuple[Tensor, Tensor]
+    train: tuple[Pixels, Tensor]
     augment: Augment
     config: TrainConfig
     watcher: Watcher
@@ -98,18 +99,18 @@ class _Training:
         return self.nets["student"]
 
     def clean_batches(self) -> Iterator[Tensor]:
-        return (self.augment(x) for x, _ in _batches(self.train, self.config.batch_size))
+        return (self.augment(x) for x, _ in shuffled(self.train, self.config.batch_size))
 
 
 def fit(
     defense: Defense,
     nets: Nets,
-    train: tuple[Tensor, Tensor],
+    train: tuple[Pixels, Tensor],
     config: TrainConfig,
     *,
     threat: ThreatModel,
     keeper: Keeper,
-    selection: tuple[Tensor, Tensor] | None = None,
+    selection: tuple[Pixels, Tensor] | None = None,
     augment: Augment = lambda x: x,
     seed: int = 0,
     watcher: Watcher | None = None,
@@ -120,7 +121,8 @@ def fit(
     Args:
         defense: the method; its `trained` networks move, its `given` ones do not.
         nets: one network per name in `trained` and `given`, all on the device of the data.
-        train: images (N, C, H, W) in [0, 1] and labels (N,), resident on the device.
+        train: images (N, C, H, W) in [0, 1] and labels (N,), resident on the device; or images
+            that are read when a batch needs them, and come on the device.
         threat: of the selection attack.
         selection: images and labels on which the best epoch is chosen; None if select is last.
         augment: a batch of images to a batch of images, random through torch's generator.
@@ -192,14 +194,14 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
     """One pass over the training images; returns its log without accuracies."""
     config, epoch, size = run.config, progress.epoch, run.config.batch_size
     started = time.perf_counter()
-    steps, images = _steps(len(run.train[0]), size), 0
+    steps, images = steps_of(len(run.train[1]), size), 0
     seen: list[dict[str, Tensor]] = []
     layout = memory_format(run.student)
     moving = [average for name, average in progress.averages.items()
               if average.every_step and config.averages(epoch, name)]
     for net in progress.nets.values():
         net.train()
-    for step, (clean, y) in enumerate(_batches(run.train, size)):
+    for step, (clean, y) in enumerate(shuffled(run.train, size)):
         x = run.augment(clean).contiguous(memory_format=layout)
         lr = config.lr_of(epoch, step, steps)
         for optimizer in progress.optimizers.values():
@@ -220,21 +222,6 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
         now.after_epoch(run.views)
     means = {name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]}
     return EpochLog(epoch, lr, time.perf_counter() - started, means, images=images)
-
-
-def _steps(n: int, size: int) -> int:
-    """How many batches `_batches` makes of n images."""
-    return max(1, n // size + (n % size > 1))
-
-
-def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches. A last batch of one image is left out: batch-norm cannot use it."""
-    x, y = data
-    order = torch.randperm(len(x), device=x.device)
-    for start in range(0, len(x), size):
-        index = order[start : start + size]
-        if len(index) > 1 or len(x) == 1:
-            yield x[index], y[index]
 
 
 def _look(seen: list[dict[str, Tensor]], epoch: int, last: int) -> dict[str, float]:
@@ -271,7 +258,7 @@ def _measured(
     log: EpochLog,
     student: nn.Module,
     averaged: Mapping[str, nn.Module],
-    selection: tuple[Tensor, Tensor],
+    selection: tuple[Pixels, Tensor],
     attack: PGD,
     seed: int,
 ) -> EpochLog:
@@ -285,7 +272,7 @@ def _measured(
 
 
 def accuracies(
-    net: nn.Module, data: tuple[Tensor, Tensor], attack: PGD
+    net: nn.Module, data: tuple[Pixels, Tensor], attack: PGD
 ) -> tuple[float, float]:
     """Clean and attacked accuracy in [0, 1]; what is wrong when clean is not attacked."""
     correct, robust, batches = 0, 0, Batches(EVAL_BATCH)
