@@ -68,6 +68,8 @@ class Look:
         return np.ascontiguousarray(wide.transpose(2, 0, 1))
 
     def _cut(self, file: str, image: Any) -> Any:
+        if self.resize is None and self.crop is None:
+            return image
         from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
         from torchvision.transforms import functional as transform
 
