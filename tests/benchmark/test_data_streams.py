@@ -15,7 +15,7 @@ from robench.attacks.base import make_attack
 from robench.attacks.search import Search
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.checks import eps_unit
-from robench.benchmark.data import hold_out, images, load_dataset
+from robench.benchmark.data import Images, hold_out, images, load_dataset
 from robench.benchmark.data.streams import AHEAD, GROUP, Array, Streamed
 from robench.benchmark.evaluate import Target
 from robench.benchmark.kept import discard
@@ -122,7 +122,7 @@ def test_a_run_gives_the_same_weights_and_verdicts(folder, tmp_path, job, monkey
 def test_an_attack_in_pieces_goes_on_after_the_last_one(both, tmp_path, make_network, monkeypatch):
     held, streamed = both
     net, state = make_network(), tmp_path / "pgd-20.partial"
-    attack = make_attack("pgd-20", ThreatModel("Linf", 0.1), precision="ieee")
+    attack = make_attack("pgd-20", ThreatModel("Linf", 0.05), precision="ieee")
     searched, run = [], Search.run
 
     def interrupted(search):
@@ -133,10 +133,10 @@ def test_an_attack_in_pieces_goes_on_after_the_last_one(both, tmp_path, make_net
 
     def found(data, **options):
         with torch.no_grad():
-            clean = net(data.x[:])
+            clean = net(data.x[:])  # all of which is right
         how = {"seed": 3, "slots": None, "state": None, "keep": False, "deadline": None,
                "starts": None, "progress": shown.append}
-        return found_by(attack, net, data, clean, **{**how, **options})
+        return found_by(attack, net, Images(data.x, clean.argmax(1)), clean, **{**how, **options})
 
     shown = []
     whole = found(held.test, keep=True)
@@ -149,7 +149,7 @@ def test_an_attack_in_pieces_goes_on_after_the_last_one(both, tmp_path, make_net
     for name in ("fell_to", "predicted", "distance"):
         assert (getattr(parts, name) == getattr(whole, name)).all()
     fell = torch.from_numpy(whole.fell_to >= 0)
-    assert fell.any() and parts.x_adv[fell].equal(whole.x_adv[fell]) and parts.open == 0
+    assert 0 < fell.sum() < 40 and parts.x_adv[fell].equal(whole.x_adv[fell]) and parts.open == 0
     assert (parts.forwards, parts.backwards) == (whole.forwards, whole.backwards)
     assert not len(found(streamed.test).x_adv)
     assert all(0 <= p.done <= 1 and 0 <= p.standing <= p.n == 40 for p in shown)
@@ -207,9 +207,9 @@ def peak():
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
-spec = {"defenses": ("pgd-at",), "model": "net:small", "dataset": "folder:.", "device": "cpu",
+spec = {"defenses": ("standard",), "model": "net:small", "dataset": "folder:.", "device": "cpu",
         "epochs": 1, "threat": "Linf:0.1", "attacks": ("fgsm",),
-        "train": {"validation": 100, "batch_size": 50, "select_steps": 1, "swa_start": None}}
+        "train": {"validation": 0, "batch_size": 50, "swa_start": None}}
 robench.benchmark.matrix.render = lambda results, out: None
 robench.run({**spec, "out": "first", "smoke": True, "memory_limit": "1M"})
 before = peak()
@@ -219,27 +219,27 @@ print(before, peak(), [(r.n, r.n_robust, r.weights_sha256) for r in results.reco
 NET = """
 from torch import nn
 def small():
-    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(3 * 6 * 6, 2))
+    return nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak of memory is not told there")
 def test_a_data_set_that_is_larger_than_the_limit(tmp_path, python):
-    """3,400 images of 96x96, 376 MB, in 32 MB: training and evaluation, in a process of its own."""
+    """5,400 images of 64x64, 265 MB, in 16 MB: training and evaluation, in a process of its own."""
     rng = np.random.RandomState(0)
-    for split, count in (("train", 1500), ("test", 200)):
+    for split, count in (("train", 2500), ("test", 200)):
         for label in ("a", "b"):
             place = tmp_path / split / label
             place.mkdir(parents=True)
             for i in range(20):
                 color = tuple(int(c) for c in rng.randint(0, 256, 3))
-                Image.new("RGB", (96, 96), color).save(place / f"{i}.png")
+                Image.new("RGB", (64, 64), color).save(place / f"{i}.png")
             for i in range(20, count):
                 os.link(place / f"{i % 20}.png", place / f"{i}.png")
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "large.py").write_text(LARGE)
-    done = python("large.py", "32M", cwd=tmp_path)
+    done = python("large.py", "16M", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.split()[:2])
-    size = 3400 * 4 * 3 * 96 * 96
+    size = 5400 * 4 * 3 * 64 * 64
     assert peak - before < 100 * 2**20 < size / 3
