@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 STANDS, CLEAN = -1, -2  # in Found.fell_to: never fooled, and misclassified without an attack
@@ -62,6 +64,27 @@ class Found:
     prepared: str
     slots: int
     sampled: tuple[int, int] | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """Searches of one attack over the images one part after the other, as one search."""
+        first, sampled = parts[0], [part.sampled for part in parts if part.sampled is not None]
+        return cls(
+            x_adv=torch.cat([part.x_adv for part in parts]),
+            fell_to=np.concatenate([part.fell_to for part in parts]),
+            predicted=np.concatenate([part.predicted for part in parts]),
+            stages=first.stages,
+            distance=np.concatenate([part.distance for part in parts]),
+            violations=sum(part.violations for part in parts),
+            forwards=sum(part.forwards for part in parts),
+            backwards=sum(part.backwards for part in parts),
+            seconds=tuple(map(sum, zip(*(part.seconds for part in parts), strict=True))),
+            open=sum(part.open for part in parts),
+            prepared=first.prepared,
+            slots=max(part.slots for part in parts),
+            sampled=(sum(seen for seen, _ in sampled), sum(broke for _, broke in sampled))
+            if sampled else None,
+        )
 
     @property
     def standing(self) -> npt.NDArray[np.bool_]:

@@ -338,8 +338,9 @@ def _train(
     data, held_out = dataset.train, None
     if config.validation:
         data, held_out = hold_out(data, config.validation)
-    data = data.take(min(cell.spec.train_limit or len(data), len(data))).to(device)
-    selection = {"val": held_out, "test": dataset.test, "last": None}[config.select]
+    data = data.take(min(cell.spec.train_limit or len(data), len(data))).fitted().to(device)
+    chosen = {"val": held_out, "test": dataset.test, "last": None}[config.select]
+    selection = None if chosen is None else chosen.fitted().to(device)
     keeper, fitted = cell.keeper(device), True
 
     def networks() -> dict[str, nn.Module]:
@@ -358,8 +359,7 @@ def _train(
                 config,
                 threat=threat,
                 keeper=keeper,
-                selection=None if selection is None else (selection.x.to(device),
-                                                          selection.y.to(device)),
+                selection=None if selection is None else (selection.x, selection.y),
                 augment=dataset.augment,
                 analyze=partial(rob_f_shares, threat=threat, seed=seed),
                 seed=seed,

@@ -20,6 +20,7 @@ from robench.attacks.memory import out_of_memory
 from robench.attacks.objectives import ce, cw_margin
 from robench.attacks.threat import ThreatModel, lengths
 from robench.attacks.verify import full_precision
+from robench.defenses.feed import Pixels
 from robench.errors import UsageError, one_line
 from robench.randomness import seeded
 from robench.reports.trust import CHECKS, Finding
@@ -254,13 +255,14 @@ PROBES: dict[str, Callable[[Probe], float]] = {
 }
 
 
-def eps_unit(threat: ThreatModel, x: Tensor) -> float:
+def eps_unit(threat: ThreatModel, x: Pixels) -> float:
     """How far eps is beyond what is usual for images x (N, C, H, W): within it, at most 1.
 
     Where the ball around half of the images reaches uniform grey, nothing can be robust. Zero is
     no mistake of a unit.
     """
     grey = (threat.low + threat.high) / 2
-    largest = float(lengths(threat.norm, (x[:1000].double() - grey).flatten(1)).median())
+    parts = [(x[i : i + 100].double() - grey).flatten(1) for i in range(0, min(len(x), 1000), 100)]
+    largest = float(torch.cat([lengths(threat.norm, part) for part in parts]).median())
     small = SMALLEST[threat.norm] / threat.eps if threat.eps else 0.0
     return round(max(small, threat.eps / max(largest, 1e-12)), 6)  # a fraction is rounded

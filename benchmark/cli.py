@@ -14,7 +14,7 @@ from robench.benchmark.commands.doctor import doctor
 from robench.benchmark.commands.landscape import landscape
 from robench.benchmark.commands.report import analyze, list_, report
 from robench.benchmark.commands.speed import speed
-from robench.benchmark.commands.survey import gallery, steps, transfer
+from robench.benchmark.commands.survey import corruptions, gallery, steps, transfer
 from robench.benchmark.commands.train import run
 from robench.errors import EXIT_CODES, RobenchError
 
@@ -31,7 +31,7 @@ def cli() -> None:
 
 
 for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, gallery,
-                 transfer, steps, report, analyze, list_, doctor):
+                 transfer, steps, corruptions, report, analyze, list_, doctor):
     cli.add_command(_command)
 
 

@@ -20,11 +20,12 @@ from robench.attacks.found import Found
 from robench.attacks.found import Progress as SearchProgress
 from robench.attacks.memory import Batches
 from robench.attacks.prepare import clean_logits
-from robench.attacks.search import Pooled, Search
+from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.checks import check_finite, check_logits, eps_unit, examine
 from robench.benchmark.data import Images, check_images
+from robench.benchmark.pieces import found_by
 from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import pack_arrays, write_atomic
@@ -235,18 +236,16 @@ def _pooled(
     if not correct.any():
         return Measurement(**common, predicted=predicted, seconds=0.0, max_distance=0.0,
                            violations=0, notes=notes)
-    x, y, clean = (part[:n][rows].to(target.device)
-                   for part in (target.data.x, target.data.y, target.clean))
 
     def show(now: SearchProgress) -> None:
         low, high = wilson(now.standing / n, n)
         progress(now.done, f"{now.stage}: {now.left} runs left, robust {now.standing}/{n} "
                  f"({low:.1%} to {high:.1%})")
 
-    search = Search(attack, target.model, x, y, seed=seed, slots=target.batch_size,
-                    clean=clean, state=partial, keep=keep, deadline=deadline, progress=show,
-                    starts=None if starts is None else starts[:n][rows].to(target.device))
-    found = search.run()
+    data = target.data.take(n).select(rows).to(target.device)
+    found = found_by(attack, target.model, data, target.clean[:n][rows], seed=seed, keep=keep,
+                     slots=target.batch_size, state=partial, deadline=deadline, progress=show,
+                     starts=None if starts is None else starts[:n][rows])
     predicted[correct] = found.predicted
     breaker = np.full(n, -1, dtype=np.int8)
     breaker[correct] = found.fell_to
@@ -258,8 +257,8 @@ def _pooled(
         violations=found.violations,
         notes=(*notes, *_sentinel(found, n), *_masking(found, n)),
         batch_size=found.slots,
-        forwards=found.forwards / len(x),
-        backwards=found.backwards / len(x),
+        forwards=found.forwards / len(data),
+        backwards=found.backwards / len(data),
         stages=found.stages,
         breaker=breaker,
         open=found.open,

@@ -15,6 +15,7 @@ from robench.attacks.base import Classifier
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import verify
 from robench.benchmark.data import Images
+from robench.benchmark.data.streams import Streamed
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import load_network
 from robench.benchmark.spec import RunSpec
@@ -60,9 +61,12 @@ class Examples:
     def starts(self, data: Images) -> Tensor:
         """(N, C, H, W) the example of each image, the image itself where there is none.
 
-        Raises UsageError for examples of other images.
+        Raises UsageError for examples of other images, and of images that are not in memory.
         """
         self._check(data)
+        if isinstance(data.x, Streamed):
+            raise UsageError("--replay holds all images in memory: take fewer with --limit N, or "
+                             "more memory with --memory-limit")
         images = data.x.clone()
         images[self.image] = self.x_adv.to(images)
         return images

@@ -53,7 +53,7 @@ def galleries(
     matrix = bench.matrix
     if isinstance(matrix.attacks[0].build(matrix.threat), Union):
         raise UsageError(f"{spec.attacks[0].label} has several threat models: a gallery shows one")
-    if images * matrix.test.x[0, 0].numel() > PIXELS:
+    if images * matrix.test.x.shape[2:].numel() > PIXELS:
         raise UsageError(f"--images {images}: that is too many of this size, ask for fewer")
     found = (_gallery(network, bench, images) for network in bench.networks)
     return write(spec.out, "galleries", found, _identity)
@@ -161,6 +161,7 @@ def attacked(
 ) -> Attacked:
     """Attack images that are right when clean. What an attack returns outside the threat model is
     shown as the clean image: it counts for nothing."""
+    data = data.held()
     x, y = data.x, data.y
     if isinstance(attack, Pooled):
         x_adv = Search(attack, net, x, y, seed=seed).run().x_adv

@@ -43,3 +43,9 @@ def kept_survey(path: Path, kind: type[S], fingerprint: tuple[float, ...]) -> S 
 def alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     """Whether two fingerprints are of the same network, on whatever device."""
     return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def discard(state: Path) -> None:
+    """Delete the files in which an attack kept what was finished."""
+    for file in state.parent.glob(f"{state.stem}.*partial"):
+        file.unlink()

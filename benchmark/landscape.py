@@ -249,10 +249,10 @@ class InputPlane:
 
 def _batches(net: nn.Module, data: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """On the network's device, in its layout."""
-    parameter = next(net.parameters(), data.x)
-    for x, y in zip(torch.split(data.x, size), torch.split(data.y, size), strict=True):
-        images = x.contiguous(memory_format=memory_format(net))
-        yield images.to(parameter.device), y.to(parameter.device)
+    device = next((parameter.device for parameter in net.parameters()), data.x.device)
+    for start in range(0, len(data), size):
+        x, y = data.x[start : start + size], data.y[start : start + size]
+        yield x.contiguous(memory_format=memory_format(net)).to(device), y.to(device)
 
 
 def _noise(x: Tensor, seed: int, name: str) -> StreamNoise:

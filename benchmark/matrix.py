@@ -20,10 +20,10 @@ from robench.attacks.verify import full_precision
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
 from robench.benchmark.checkpoints import Header, read_header, weights_sha256
 from robench.benchmark.checks import check_logits
-from robench.benchmark.data import Images, check_images, load_dataset
+from robench.benchmark.data import load_dataset
 from robench.benchmark.evaluate import BATCH, Target, attack_config, measure, save_flags
 from robench.benchmark.examples import Examples
-from robench.benchmark.kept import kept_record, kept_transfers
+from robench.benchmark.kept import discard, kept_record, kept_transfers
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment, peak_bytes
 from robench.benchmark.recipe import default_threat
@@ -91,10 +91,11 @@ class Matrix:
         check_attacks(self.attacks, self.threat)
         if spec.keep_examples:
             self.check_pooled("keeps no examples")
-        self.dataset = load_dataset(spec.dataset, spec.data_root, download=spec.download)
+        self.dataset = load_dataset(
+            spec.dataset, spec.data_root, download=spec.download, room=spec.memory_limit,
+            device=self.device, jobs=spec.jobs, task=reporter.task)
         limit = SMOKE_IMAGES if spec.smoke else spec.limit
-        test = self.dataset.test.take(limit)
-        self.test = Images(*check_images(test.x, test.y, len(self.dataset.classes)))
+        self.test = self.dataset.test.take(limit).fitted().checked(len(self.dataset.classes))
         self.probe = self.test.x[:8].to(self.device)
         self.test_sha256: dict[int, str] = {}
         self.failures: list[str] = []
@@ -344,7 +345,7 @@ class Matrix:
             self.partial.append(f"{subject.label}, {spec.label}: {m.open} of {n} images are open")
             return record
         write_atomic(path, record.model_dump_json(indent=1) + "\n")
-        partial.unlink(missing_ok=True)
+        discard(partial)
         return record
 
     def _test_hash(self, n: int) -> str:

@@ -21,7 +21,7 @@ from robench.attacks.base import frozen, make_attack
 from robench.attacks.minimum import minimum_norm
 from robench.attacks.search import Pooled
 from robench.attacks.verify import full_precision
-from robench.benchmark.data import Images
+from robench.benchmark.data import Held
 from robench.benchmark.evaluate import BATCH, Flags, Measurement, Target, measure
 from robench.benchmark.matrix import Matrix
 from robench.benchmark.progress import Reporter
@@ -244,8 +244,8 @@ class _Comparison:
                     breaker[rows[broken]] = part
         return Run(breaker, tuple(parts))
 
-    def _at(self, rows: npt.NDArray[np.int64]) -> Images:
-        return self._target.data.select(torch.from_numpy(rows)).to(self._target.device)
+    def _at(self, rows: npt.NDArray[np.int64]) -> Held:
+        return self._target.data.select(torch.from_numpy(rows)).to(self._target.device).held()
 
     def _disagreements(self, ours: Run, theirs: Run, again: Run) -> list[Disagreement]:
         rows = np.flatnonzero((ours.breaker == STANDS) != (theirs.breaker == STANDS))
@@ -285,7 +285,7 @@ class _Comparison:
             yield _row(name, f"foolbox:{theirs_name}", distance > eps, near > eps, note=note)
 
     def _run_foolbox(
-        self, attack: Any, data: Images, eps: float | None = None
+        self, attack: Any, data: Held, eps: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Examples (N, C, H, W) and which of them fool the network."""
         foolbox, model = importlib.import_module("foolbox"), self._target.model

@@ -11,6 +11,7 @@ from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.spec import CellSpec
 from robench.defenses.base import Defense
+from robench.defenses.feed import Pixels
 from robench.defenses.trainer import Watcher, fit
 from robench.errors import RobenchError
 
@@ -36,7 +37,7 @@ class _Nowhere:
 
 def advice(
     spec: CellSpec, defense: Defense, networks: Callable[[], Mapping[str, nn.Module]],
-    data: tuple[Tensor, Tensor],
+    data: tuple[Pixels, Tensor],
 ) -> str:
     """What to do about it, in a sentence: the largest half, quarter, ... of the batch size with
     which a step of the training succeeds on new `networks`.

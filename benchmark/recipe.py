@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -67,9 +68,10 @@ class Recipe(Settings):
     def resolve(self, defense: str, dataset: str) -> Settings:
         """The settings of a method on a data set: general, data set, method, method on it.
 
+        They are those of a data set whatever its options (`tiny-imagenet,order=sorted`).
         Those of `trades+awp` lie over those of `trades` where the recipe is one for all methods.
         """
-        nothing = Settings()
+        nothing, dataset = Settings(), _plain(dataset)
         layers: list[Settings] = [self, self.datasets.get(dataset, nothing)]
         shared = any("epochs" in layer.train for layer in layers)
         for name in dict.fromkeys([*([defense.split("+")[0]] if shared else []), defense]):
@@ -84,7 +86,12 @@ class Recipe(Settings):
     def method_threat(self, defense: str, dataset: str) -> str | None:
         """The threat model that the method itself is trained at, if the recipe names one."""
         method = self.defenses.get(defense, MethodSettings())
-        return method.datasets.get(dataset, Settings()).threat or method.threat
+        return method.datasets.get(_plain(dataset), Settings()).threat or method.threat
+
+
+def _plain(dataset: str) -> str:
+    """The name of a data set without the path to it and its options."""
+    return re.split("[:,]", dataset, maxsplit=1)[0]
 
 
 @cache

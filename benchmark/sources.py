@@ -13,7 +13,7 @@ from torch import nn
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.checkpoints import Header, load_checkpoint, load_weights, read_header
 from robench.benchmark.checks import eval_mode
-from robench.benchmark.data import Dataset
+from robench.benchmark.data import Dataset, class_order
 from robench.benchmark.models import build_model
 from robench.benchmark.zoo import load_robustbench
 from robench.errors import UsageError, one_line
@@ -68,6 +68,10 @@ def _from_file(
         if (header.classes, header.channels) != (len(dataset.classes), dataset.channels):
             raise UsageError(f"{path} was trained on {header.dataset} ({header.classes} classes, "
                              f"{header.channels} channels) and does not fit this data set")
+        mine, theirs = class_order(dataset.name), class_order(header.dataset)
+        if mine[0] == theirs[0] and mine != theirs:
+            raise UsageError(f"{path} was trained on {header.dataset}: its classes are in another "
+                             f"order than those of {dataset.name}")
         net, _ = load_checkpoint(path, model)
         return Network(net, str(path), str(header.model), header)
     if model is None:

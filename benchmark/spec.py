@@ -141,6 +141,8 @@ class RunSpec(BaseModel):
             missing teachers are trained.
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: images attacked at a time; None chooses by the device's memory.
+        memory_limit: bytes of images in memory, or a text such as 8G; a data set that takes more
+            is read when it is needed. None: half of the memory.
         precision: of the search for adversarial examples, see `robench.attacks.network`.
         keep_examples: write the adversarial examples beside the records.
         logs: watchers of the trainings beside training.csv, see `benchmark.logs`.
@@ -169,6 +171,7 @@ class RunSpec(BaseModel):
     teacher: str | None = None
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
+    memory_limit: int | None = Field(default=None, ge=1)
     precision: Precision = "exact"
     keep_examples: bool = False
     logs: tuple[str, ...] = ()
@@ -189,6 +192,14 @@ class RunSpec(BaseModel):
     @classmethod
     def _one_is_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, int, dict, AttackSpec)) else value
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
+        if value is None or match is None:
+            return value
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
     @field_validator("devices")
     @classmethod

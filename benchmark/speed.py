@@ -193,7 +193,7 @@ class _Case:
         correct = int(Target(net, data).correct.sum())
         if not correct:
             raise UsageError(f"{name} is right on none of the {len(data)} images")
-        self._images = data.to(matrix.device)
+        self._images = data.to(matrix.device).held()
         self.facts = [
             f"{len(data)} images of {matrix.dataset.name}, of which the network gets {correct} "
             f"right; {self._threat}, seed {self._seed}", machine(matrix.device),

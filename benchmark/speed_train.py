@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.data import Augment, Images, load_dataset
+from robench.benchmark.data import Augment, Held, Images, load_dataset
 from robench.benchmark.gauge import Counter, Spread, rotating, using_threads, wait
 from robench.benchmark.models import build_model
 from robench.benchmark.progress import Reporter
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     """What is trained on: images in [0, 1] on the device, how they are augmented, and steps."""
 
     dataset: str
-    images: Images
+    images: Held
     augment: Augment
     classes: int
     model: str
@@ -157,7 +157,7 @@ def _case(spec: RunSpec, batch_size: int, steps: int, device: torch.device) -> C
         classes, usual = 10, "Linf:8/255"
     chosen = train.select(torch.arange((steps + 1) * batch_size) % len(train)).to(device)
     threat = ThreatModel.parse(spec.threat or usual)
-    return Case(name, chosen, augment, classes, spec.model or MODEL, threat, batch_size)
+    return Case(name, chosen.held(), augment, classes, spec.model or MODEL, threat, batch_size)
 
 
 def _lines(

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from robench.attacks.ascent import Ascent
 from robench.benchmark.checks import check_logits
-from robench.benchmark.data import Images, check_images
+from robench.benchmark.data import Images
 from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.origin import expand, facts
 from robench.benchmark.progress import Reporter
@@ -49,8 +49,8 @@ class Bench:
         # The number of images is the command's own: it may be of training images.
         matrix = Matrix(spec.model_copy(update={"limit": None}), Reporter(quiet=quiet))
         given = matrix.dataset.train if split == "train" else matrix.test
-        images = Images(*check_images(given.x, given.y, len(matrix.dataset.classes)))
-        images = images.take(spec.limit or min(limit or len(images), len(images)))
+        images = given.take(spec.limit or min(limit or len(given), len(given))).fitted()
+        images = images.checked(len(matrix.dataset.classes))
         networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                     for source in expand(sources, partners=partners)]
         for network in networks:

@@ -18,6 +18,7 @@ from robench.attacks.objectives import ce
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
 from robench.benchmark.data import Images
+from robench.benchmark.data.streams import Streamed
 from robench.randomness import seeded
 
 STEPS = 10
@@ -103,7 +104,8 @@ def rob_f(
 
 
 def rob_f_shares(
-    nets: Mapping[str, nn.Module], data: tuple[Tensor, Tensor], threat: ThreatModel, *, seed: int
+    nets: Mapping[str, nn.Module], data: tuple[Tensor | Streamed, Tensor], threat: ThreatModel, *,
+    seed: int,
 ) -> dict[str, tuple[float, float]]:
     """(Rob_f(x_f*), Rob_f(x_S*)) in [0, 1] of every network; {} for a student without company."""
     if len(nets) == 1:

@@ -39,6 +39,7 @@ from robench.defenses.config import TrainConfig as TrainConfig
 from robench.defenses.config import make_optimizer
 from robench.defenses.distributed import ReadOnly, Team
 from robench.defenses.fast import accelerated
+from robench.defenses.feed import Pixels, shuffled, steps_of
 from robench.defenses.history import EpochLog as EpochLog
 from robench.defenses.history import findings
 from robench.defenses.keeping import Keeper as Keeper
@@ -50,7 +51,7 @@ EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 ALONE = Team()
 Augment = Callable[[Tensor], Tensor]
-Data = tuple[Tensor, Tensor]  # images (N, C, H, W) in [0, 1] and labels (N,)
+Data = tuple[Pixels, Tensor]  # images (N, C, H, W) in [0, 1] and labels (N,)
 Analysis = Callable[[Nets, Data], dict[str, tuple[float, float]]]
 
 
@@ -103,7 +104,7 @@ class _Training:
         return self.nets["student"]
 
     def clean_batches(self) -> Iterator[Tensor]:
-        return (self.augment(x) for x, _ in _batches(self.train, self.config.batch_size))
+        return (self.augment(x) for x, _ in shuffled(self.train, self.config.batch_size))
 
 
 def fit(
@@ -126,7 +127,8 @@ def fit(
     Args:
         defense: the method; its `trained` networks move, its `given` ones do not.
         nets: one network per name in `trained` and `given`, all on the device of the data.
-        train: images (N, C, H, W) in [0, 1] and labels (N,), resident on the device.
+        train: images (N, C, H, W) in [0, 1] and labels (N,), resident on the device; or images
+            that are read when a batch needs them, and come on the device.
         threat: of the selection attack.
         selection: images and labels on which the best epoch is chosen; None if select is last.
         augment: a batch of images to a batch of images, random through torch's generator.
@@ -206,7 +208,8 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
     config, epoch, size = run.config, progress.epoch, run.config.batch_size
     begun, progress.under_way = progress.under_way, UnderWay()
     started = time.perf_counter() - begun.seconds
-    steps, images, seen = _steps(len(run.train[0]), size), 0, begun.seen
+    seen, steps = begun.seen, steps_of(len(run.train[1]), size)
+    images = min(len(seen) * size, len(run.train[1]))
     layout = memory_format(run.student)
     moving = [average for name, average in progress.averages.items()
               if average.every_step and config.averages(epoch, name)]
@@ -217,9 +220,7 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
         lr = config.lr_of(epoch, step, steps)
         return lr, Moment(epoch, config.epochs, step, steps, lr / config.lr)
 
-    batches = _batches(run.train, size)
-    for _ in seen:
-        images += len(next(batches)[1])
+    batches = shuffled(run.train, size, start=len(seen))
     if begun.generators:
         set_generators(begun.generators)
     for step, (clean, y) in enumerate(batches, start=len(seen)):
@@ -247,21 +248,6 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
         run.defense.at(moment).after_epoch(run.views)
     means = {name: torch.stack([s[name] for s in seen]).mean().item() for name in seen[0]}
     return EpochLog(epoch, lr, time.perf_counter() - started, means, images=images)
-
-
-def _steps(n: int, size: int) -> int:
-    """How many batches `_batches` makes of n images."""
-    return max(1, n // size + (n % size > 1))
-
-
-def _batches(data: Data, size: int) -> Iterator[Data]:
-    """Shuffled batches. A last batch of one image is left out: batch-norm cannot use it."""
-    x, y = data
-    order = torch.randperm(len(x), device=x.device)
-    for start in range(0, len(x), size):
-        index = order[start : start + size]
-        if len(index) > 1 or len(x) == 1:
-            yield x[index], y[index]
 
 
 def _look(seen: list[dict[str, Tensor]], epoch: int, last: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from robench.reports.base import REPORTS as REPORTS
 from robench.reports.base import Report as Report
 from robench.reports.base import render as render
 from robench.reports.base import summary as summary
+from robench.reports.record import Corruptions as Corruptions
 from robench.reports.record import Crossing as Crossing
 from robench.reports.record import Epoch as Epoch
 from robench.reports.record import Gallery as Gallery

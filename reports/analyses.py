@@ -21,6 +21,7 @@ from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards
 from robench.reports.class_boards import class_boards
 from robench.reports.class_figures import draw_classes
 from robench.reports.classes import class_accuracy, confusion
+from robench.reports.corruptions import corruption_boards, corruptions, draw_corruptions
 from robench.reports.crossing import crossing, crossing_boards, draw_crossing
 from robench.reports.curves import draw_over_eps, draw_over_steps, over_eps, over_steps
 from robench.reports.drawings import draw_rob_f, draw_rob_f_training, draw_tradeoff, draw_training
@@ -161,6 +162,14 @@ ANALYSES = {one.name: one for one in (
         "over-steps", "Over steps", "How robustness goes down as PGD takes more steps (measured by "
         "`robench steps`)",
         over_steps, draw_over_steps,
+    ),
+    Analysis(
+        "corruptions", "Corruptions", "Accuracy under noise, blur, weather and compression "
+        "(measured by `robench corruptions`; Hendrycks and Dietterich 2019)",
+        corruptions, draw_corruptions, corruption_boards,
+        intro="Accuracy in percent on images that nobody attacked, but corruptions of five "
+        "severities. The mean is the plain one over the 15 corruptions of the paper, as "
+        "RobustBench ranks by; the paper's mCE divides by AlexNet's errors and is another number.",
     ),
     Analysis(
         "overlap", "Attacks", "Which images fall to which attacks",

@@ -39,6 +39,7 @@ def looks_of(results: Results) -> Looks:
         *(labels.get(t.run, t.defense) for t in results.transfers),
         *(labels.get(e.run, e.defense) for e in results.epochs),
         *survey_labels(surveys, results.records).values(),
+        *survey_labels(results.corruptions, results.records).values(),
         # Rows are told apart by what they differ in, which may be less among the ranked ones.
         *(row.label for group in ranked_groups(results.records) for row in group),
     ])

@@ -261,6 +261,27 @@ class Steps(Survey):
     fell_at: tuple[Int, ...]
 
 
+class Corruptions(Survey):
+    """A network on corrupted versions of n images, one line of corruptions.jsonl.
+
+    right[name][s - 1]: images that it classifies right under a corruption at severity s. `threat`
+    and `attack` are empty; `data_sha256` is of all versions.
+    """
+
+    clean: Int  # of the n images without corruption
+    right: dict[str, tuple[Int, ...]]
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        severities = {len(counts) for counts in self.right.values()}
+        if len(severities) != 1 or severities == {0}:
+            raise ValueError("there must be corruptions, all of the same severities")
+        counts = (self.clean, *(count for some in self.right.values() for count in some))
+        if not (self.n >= 1 and all(0 <= count <= self.n for count in counts)):
+            raise ValueError("counts must be from 0 to n, n >= 1")
+        return self
+
+
 class Picture(BaseModel):
     """An image that is right when clean, and what an attack made of it."""
 

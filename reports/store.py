@@ -19,11 +19,20 @@ from robench.options import first_error
 from robench.reports import robustbench
 from robench.reports.judge import judged
 from robench.reports.published import Published
-from robench.reports.record import Crossing, Epoch, Gallery, Landscape, Record, Steps, Transfer
+from robench.reports.record import (
+    Corruptions,
+    Crossing,
+    Epoch,
+    Gallery,
+    Landscape,
+    Record,
+    Steps,
+    Transfer,
+)
 
 RECORDS, TRANSFERS, EPOCHS = "results.jsonl", "transfer.jsonl", "training.jsonl"
 LANDSCAPES, CROSSINGS, STEPS = "landscape.jsonl", "crossing.jsonl", "steps.jsonl"
-GALLERIES = "gallery.jsonl"
+GALLERIES, CORRUPTIONS = "gallery.jsonl", "corruptions.jsonl"
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -42,6 +51,7 @@ class Results:
     crossings: list[Crossing] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
+    corruptions: list[Corruptions] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)  # given as files of RobustBench
 
 
@@ -73,6 +83,7 @@ def load(paths: Sequence[Path]) -> Results:
             _read(folder / CROSSINGS, Crossing),
             _read(folder / STEPS, Steps),
             _read(folder / GALLERIES, Gallery),
+            _read(folder / CORRUPTIONS, Corruptions),
         )
         part = anchored(part, folder)
         _check_flags(part.records, folder)
@@ -83,10 +94,12 @@ def load(paths: Sequence[Path]) -> Results:
         found.crossings.extend(part.crossings)
         found.steps.extend(part.steps)
         found.galleries.extend(part.galleries)
+        found.corruptions.extend(part.corruptions)
     transfers = _unique(found.transfers)
     return Results(judged(_unique(found.records), transfers), transfers, _unique(found.epochs),
                    _unique(found.landscapes), _unique(found.crossings), _unique(found.steps),
-                   _unique(found.galleries), list(dict.fromkeys(found.published)))
+                   _unique(found.galleries), _unique(found.corruptions),
+                   list(dict.fromkeys(found.published)))
 
 
 def save(out: Path, results: Results) -> list[Path]:
@@ -103,10 +116,11 @@ def save(out: Path, results: Results) -> list[Path]:
     files: tuple[tuple[str, Sequence[BaseModel]], ...] = (
         (RECORDS, records), (TRANSFERS, results.transfers), (EPOCHS, results.epochs),
         (LANDSCAPES, results.landscapes), (CROSSINGS, results.crossings), (STEPS, results.steps),
-        (GALLERIES, results.galleries),
+        (GALLERIES, results.galleries), (CORRUPTIONS, results.corruptions),
     )
     written = [(out / name, lines) for name, lines in files
-               if lines or name not in (CROSSINGS, STEPS, GALLERIES) or (out / name).exists()]
+               if lines or name not in (CROSSINGS, STEPS, GALLERIES, CORRUPTIONS)
+               or (out / name).exists()]
     for path, lines in written:
         write_atomic(path, "".join(f"{line.model_dump_json()}\n" for line in lines))
     return [path for path, _ in written]

@@ -45,7 +45,7 @@ class Estimate:
     n: int
 
 
-def estimate(counts: Sequence[int], n: int) -> Estimate:
+def estimate(counts: Sequence[float], n: int) -> Estimate:
     """From the number of right images, out of n > 0, of each network."""
     shares = [count / n for count in counts]
     mean = statistics.fmean(shares)

@@ -58,7 +58,7 @@ def evaluate(
 def of_eval(*names: str) -> list[click.Parameter]:
     """The options that mean what they mean for `eval`."""
     names = ("config", "dataset", "data_root", "download", "model", "threat", "device", "seed",
-             "zoo", "quiet", *names)
+             "memory_limit", "zoo", "quiet", *names)
     return [parameter for parameter in evaluate.params if parameter.name in names]
 
 

@@ -20,10 +20,15 @@ def shared(function: F) -> F:
         click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
                      help="Settings as YAML, such as `defense: [peeraid]`; options override it."),
         click.option("--dataset", metavar="NAME",
-                     help="digits (default), cifar10, ..., folder:PATH. See `robench list`."),
+                     help="digits (default), cifar10, ..., folder:PATH; options follow, such as "
+                     "tiny-imagenet,order=sorted. See `robench list` and docs/data.md."),
         click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
-                     help="Folder in torchvision's layout.  [default: data]"),
-        click.option("--download", is_flag=True, default=None, help="Let torchvision download."),
+                     help="Folder with the data sets.  [default: data]"),
+        click.option("--download", is_flag=True, default=None,
+                     help="Fetch a data set that is not there."),
+        click.option("--memory-limit", metavar="SIZE",
+                     help="For images, such as 8G; a larger data set is read when it is needed.  "
+                     "[default: half of the memory]"),
         click.option("--model", metavar="NAME",
                      help="A registered model or package.module:factory."),
         click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),

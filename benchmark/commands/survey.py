@@ -1,4 +1,4 @@
-"""robench gallery, transfer and steps."""
+"""robench gallery, transfer, steps and corruptions."""
 
 from __future__ import annotations
 
@@ -77,6 +77,31 @@ def steps(
 
     spec = _spec("steps", sources, given)
     _tell("over-steps", over_steps(sources, spec, steps, zoo=zoo, quiet=quiet), spec)
+
+
+@click.command(params=list(GIVEN), epilog="""\b
+Examples:
+  robench corruptions runs --dataset cifar10 --data-root data --corruptions-root data/CIFAR-10-C
+  robench corruptions weights.pt --model resnet18 --dataset cifar100 --data-root data --download
+""")
+@click.option("--corruptions-root", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder with <corruption>.npy and labels.npy in the layout of CIFAR-10-C, or "
+              "the one that has CIFAR-10-C/ or CIFAR-100-C/ in it.  [default: --data-root]")
+@click.option("--corruption", "only", multiple=True, metavar="NAME",
+              help="Repeatable: these only, for example fog.  [default: all there are]")
+@click.option("--limit", type=int, metavar="N",
+              help="The first N test images in every version.  [default: all]")
+@OUT
+def corruptions(
+    sources: tuple[str, ...], corruptions_root: Path | None, only: tuple[str, ...], zoo: Path,
+    quiet: bool, **given: Any
+) -> None:
+    """Measure accuracy on corrupted images: networks, or the ranked ones of a run."""
+    from robench.benchmark.corruptions import over_corruptions
+
+    spec = _spec("corruptions", sources, given)
+    _tell("corruptions", over_corruptions(sources, spec, corruptions_root, only, zoo=zoo,
+                                          quiet=quiet), spec)
 
 
 def _spec(

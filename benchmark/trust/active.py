@@ -30,7 +30,7 @@ from robench.attacks.base import Attack, Classifier, frozen
 from robench.attacks.folding import close, last_linear
 from robench.attacks.threat import ThreatModel, lengths
 from robench.attacks.verify import full_precision, verify
-from robench.benchmark.data import Images
+from robench.benchmark.data import Held
 
 INNER = 400  # points of class 0 per image; the paper has 999
 SHARE = 0.95  # of eps: radius of the inner points
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def active_test(
-    model: Classifier, images: Images, attacks: Sequence[Attack], threat: ThreatModel
+    model: Classifier, images: Held, attacks: Sequence[Attack], threat: ThreatModel
 ) -> Outcome:
     """Plant an example next to each of these images (N, C, H, W) that lies apart from the others,
     and attack. An example found by any of the attacks counts once `verify` has seen it.

@@ -68,7 +68,7 @@ def diagnose(
 ) -> list[Diagnosis]:
     """All checks on networks given as for `eval`, on `spec.limit` images or LIMIT."""
     matrix = Matrix(spec, Reporter(quiet=quiet))
-    matrix.test = matrix.test.take(min(spec.limit or LIMIT, len(matrix.test)))
+    matrix.test = matrix.test.take(min(spec.limit or LIMIT, len(matrix.test))).fitted()
     networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
                 for source in dict.fromkeys(sources)]
     return [_diagnose(network, matrix) for network in networks]

@@ -23,7 +23,7 @@ from robench.attacks.objectives import ce, cw_margin
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel, lengths
 from robench.attacks.verify import ABSOLUTE, RELATIVE, full_precision, verify
-from robench.benchmark.data import Images
+from robench.benchmark.data import Held, Images
 from robench.benchmark.evaluate import Flags, Measurement, Target, measure
 from robench.benchmark.models import build_model
 from robench.benchmark.spec import AttackSpec
@@ -120,7 +120,8 @@ class Patient:
         return found
 
     def on_device(self, images: Images) -> tuple[Tensor, Tensor]:
-        return images.x.to(self.target.device), images.y.to(self.target.device)
+        held = images.to(self.target.device).held()
+        return held.x, held.y
 
 
 def _share(flags: Flags) -> float:
@@ -210,7 +211,7 @@ def monotone_eps(p: Patient) -> Number:
 
 def eps_to_all(p: Patient) -> Number:
     """PGD-20 where every image may become any grey one."""
-    pixels = p.data.x[0].numel()
+    pixels = p.data.x.shape[1:].numel()
     reach = {"Linf": 1.0, "L2": math.sqrt(pixels), "L1": float(pixels)}[p.threat.norm]
     left = _share(p.survives(PGD20, replace(p.threat, eps=reach / 2)))
     return Number(left * p.classes, f"robust accuracy {left:.1%}")
@@ -328,7 +329,7 @@ def active(p: Patient) -> Number:
     x, y = p.on_device(images.take(min(PLANTED, len(images))))
     made: Sequence[Attack] = [spec.build(p.threat) for spec in p.attacks]
     with seeded(p.seed, "doctor", "active"):
-        outcome = active_test(p.model, Images(x, y), made, p.threat)
+        outcome = active_test(p.model, Held(x, y), made, p.threat)
     if not outcome.valid:
         return Number(None, str(outcome))
     return Number(wilson(outcome.missed / outcome.tests, outcome.tests)[0], str(outcome))
