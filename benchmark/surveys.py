@@ -51,7 +51,8 @@ class Bench:
         given = matrix.dataset.train if split == "train" else matrix.test
         images = Images(*check_images(given.x, given.y, len(matrix.dataset.classes)))
         images = images.take(spec.limit or min(limit or len(images), len(images)))
-        networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
+        networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo,
+                                 reporter=matrix.reporter)
                     for source in expand(sources, partners=partners)]
         for network in networks:
             check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)
