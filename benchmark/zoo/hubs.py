@@ -58,18 +58,26 @@ def load_timm(name: str, classes: int) -> Pretrained:
     base = name.partition(".")[0]
     if not timm.is_model(base):
         raise _unknown("timm model", base, timm.list_models())
-    file = options.get("file")
-    net = _made(f"timm:{name}", lambda: timm.create_model(
-        name, pretrained=file is None, **({} if file is None else {"num_classes": classes})))
+    file, license = options.get("file"), UNKNOWN
+    given: dict[str, Any] = {"num_classes": classes}
+    if file is None:
+        given = {"pretrained": True}
+        known = _timm_config(timm, name)
+        if known is not None and known.hf_hub_id and not known.custom_load:
+            # Not left to timm: 1.0.9, which robustbench pins, does not find a newer client.
+            path, license = hub_file(f"{known.hf_hub_id}/{known.hf_hub_filename or STANDARD}")
+            given["pretrained_cfg_overlay"] = {"file": str(path)}
+    net = _made(f"timm:{name}", lambda: timm.create_model(name, **given))
     config = net.pretrained_cfg
     if file is not None:
         load_weights(net, Path(file))
+    elif license == UNKNOWN:
+        license = config.get("license") or UNKNOWN
     channels, size = config["input_size"][0], config["input_size"][-1]
     return Pretrained(
         _normalized(net, config["mean"], config["std"]),
         classes if file is not None else config["num_classes"], channels, size,
-        bool(config.get("fixed_input_size")),
-        UNKNOWN if file is not None else config.get("license") or UNKNOWN)
+        bool(config.get("fixed_input_size")), license)
 
 
 def load_torchvision(name: str, classes: int) -> Pretrained:
@@ -127,6 +135,14 @@ def hub_file(source: str) -> tuple[Path, str]:
     except Exception as error:  # of the network, of the Hub, of its client
         raise _unavailable(source, error) from None
     return Path(path), _license(hub, repository, where)
+
+
+def _timm_config(timm: ModuleType, name: str) -> Any:
+    """What timm knows about the weights of a name, None if there are none."""
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # resnet18.NAME of weights that it does not have
+        raise UsageError(f"timm:{name}: {error}") from None
 
 
 def _license(hub: ModuleType, repository: str, where: dict[str, Any]) -> str:

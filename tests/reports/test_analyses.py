@@ -13,7 +13,8 @@ from robench.reports.gallery import draw, looks_of
 from robench.reports.page import sections
 from robench.reports.tables import training
 
-WITH_DATA = {"leaderboard", "rob-f", "others", "trade-off", "over-eps", "overlap", "training"}
+WITH_DATA = {"leaderboard", "rob-f", "others", "trade-off", "cost", "over-eps", "overlap",
+             "training"}
 
 
 @pytest.fixture
