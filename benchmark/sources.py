@@ -21,7 +21,6 @@ from robench.benchmark.zoo.hubs import Pretrained, hub_file, load_timm, load_tor
 from robench.benchmark.zoo.load import load_robustbench, split_name
 from robench.errors import UsageError, one_line
 
-
 SOURCES = ("a file", "package.module:factory", "robustbench:NAME", "timm:NAME",
            "torchvision:NAME", "hf:ORG/REPO")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from robench.reports.record import Record
+from robench.reports.record import Record, Survey
 from robench.reports.store import Results
 from robench.reports.tables import run_labels
 from robench.reports.text import NOTHING, Board, Cell, Column, count, duration
@@ -56,7 +56,8 @@ def cost_boards(results: Results) -> list[Board]:
         numbers("Networks", "networks", "{:,}".format),
         numbers("Measurements", "measured", "{:,}".format),
         numbers("Wall time", "seconds", duration),
-        numbers("Forward passes", "forwards", count), numbers("Backward passes", "backwards", count),
+        numbers("Forward passes", "forwards", count),
+        numbers("Backward passes", "backwards", count),
         numbers("Peak memory", "peak_bytes", _bytes),
         Column("Not known", tuple(Cell(_gaps(line) or NOTHING) for line in lines), words=True),
     ), tuple(in_words(frame)))]
@@ -71,8 +72,9 @@ def in_words(frame: pd.DataFrame) -> list[str]:
             mine = some[some["part"] == part]
             if mine["seconds"].notna().any():
                 parts.append(f"{part} {duration(float(mine['seconds'].sum()))}")
-        passes = [some[name].sum() for name in ("forwards", "backwards")]
-        parts.append(f"{count(passes[0])} forward and {count(passes[1])} backward passes")
+        if some["forwards"].notna().any():
+            passes = [float(some[name].sum()) for name in ("forwards", "backwards")]
+            parts.append(f"{count(passes[0])} forward and {count(passes[1])} backward passes")
         if some["peak_bytes"].notna().any():
             parts.append(f"largest peak memory {_bytes(some['peak_bytes'].max())}")
         said.append(f"{device}: {', '.join(parts)}")
@@ -144,7 +146,8 @@ def _attacks(records: Sequence[Record]) -> list[Line]:
     return [{
         "part": ATTACKS, "what": what, "device": device,
         "networks": len({r.weights_sha256 for r in some}), "measured": len(some),
-        "seconds": sum(r.seconds for r in some if r.status != "failed"),
+        "seconds": sum(r.seconds for r in some if r.status != "failed")
+        if any(r.status != "failed" for r in some) else None,
         "forwards": _passes(some, "forwards"), "backwards": _passes(some, "backwards"),
         "peak_bytes": max(r.peak_bytes for r in some),
         "untimed": sum(r.status == "failed" for r in some),
@@ -167,8 +170,9 @@ def _passes(records: Iterable[Record], name: str) -> float | None:
 
 def _surveys(results: Results) -> list[Line]:
     """What commands of their own measured; Rob_f has no clock."""
-    kinds = {"landscape": results.landscapes, "transfer": results.crossings,
-             "steps": results.steps, "gallery": results.galleries}
+    kinds: dict[str, Sequence[Survey]] = {
+        "landscape": results.landscapes, "transfer": results.crossings,
+        "steps": results.steps, "gallery": results.galleries}
     lines: list[Line] = []
     for what, surveys in kinds.items():
         for device in dict.fromkeys(one.device for one in surveys):

@@ -1,7 +1,7 @@
-"""Several threat models: the accuracy of a network under each, and on the images that withstand all.
+"""Several threat models: the accuracy of a network under each of them, and under all.
 
-Tramer and Boneh 2019, arXiv 1904.13000. Made from the survival flags of records of the same network
-on the same images, whichever commands measured them, and of the attack `union`.
+Tramer and Boneh 2019, arXiv 1904.13000. Made from the survival flags of records of the same
+network on the same images, whichever commands measured them, and of the attack `union`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from robench.reports.store import Results
 from robench.reports.text import NOTHING, Board, Cell, Column, percent
 from robench.reports.uncertainty import wilson
 
-COLUMNS = ("dataset", "split", "label", "checkpoint", "model", "source", "seed", "threats", "threat",
-           "attacks", "accuracy", "low", "high", "n", "whole", "images")
+COLUMNS = ("dataset", "split", "label", "checkpoint", "model", "source", "seed", "threats",
+           "threat", "attacks", "accuracy", "low", "high", "n", "whole", "images")
 AND = "+"  # between the threat models of a record of the attack `union`
 
 

@@ -212,8 +212,9 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body=True):
         content, headers = None, {"X-Repo-Commit": self.commit}
         if self.path.startswith("/api/models/"):
-            content = json.dumps({"id": self.path.removeprefix("/api/models/"), "cardData": {"license": "cc-by-4.0"},
-                                  "siblings": [], "tags": []}).encode()
+            content = json.dumps({
+                "id": self.path.removeprefix("/api/models/"), "siblings": [], "tags": [],
+                "cardData": {"license": "cc-by-4.0"}}).encode()
             headers["Content-Type"] = "application/json"
         for (repository, name), blob in self.files.items():
             if self.path.partition("?")[0] == f"/{repository}/resolve/main/{name}":

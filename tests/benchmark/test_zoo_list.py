@@ -12,23 +12,31 @@ from robench.benchmark.zoo import entries
 from robench.benchmark.zoo.entries import Terms, license_of, zoo_models
 from robench.errors import UsageError
 
-README = """\
+
+def row(number, name, *cells):
+    """As the README has it."""
+    return " | ".join(["", f"<sub>**{number}**</sub>", f"<sub><sup>**{name}**</sup></sub>",
+                       f"<sub>*[Title](https://x.org/{number})*</sub>",
+                       *(f"  <sub>{cell}</sub>  " for cell in cells), ""]).strip()
+
+
+README = f"""\
 ### CIFAR-10
 
 #### Linf, eps=8/255
 
 | <sub>#</sub> | <sub>Model ID</sub> | <sub>Paper</sub> | ... |
 |:---:|---|---|:---:|
-| <sub>**1**</sub> | <sub><sup>**New2024A**</sup></sub> | <sub>*[A | B](https://x.org/1)*</sub> | wrong |
-| <sub>**2**</sub>  | <sub><sup>**Old2020B_R18**</sup></sub> | <sub>*[Title](https://x.org/2)*</sub> |     <sub>85.10%</sub>     |     <sub>50.00%</sub>      | <sub>ResNet-18</sub> | <sub>GitHub,<br>Oct 2019</sub> |
+{row(1, "New2024A", "too few cells")}
+{row(2, "Old2020B_R18", "85.10%", "50.00%", "ResNet-18", "GitHub,<br>Oct 2019")}
 
 #### Common Corruptions
 
-| <sub>**1**</sub> | <sub><sup>**Standard**</sup></sub> | <sub>*[T](https://x.org/3)*</sub> | <sub>94.78%</sub> | <sub>?</sub> | <sub>WRN</sub> | <sub>N/A</sub> |
+{row(3, "Standard", "94.78%", "?", "WRN", "N/A")}
 
 ## Notebooks
 
-| <sub>**1**</sub> | <sub><sup>**No**</sup></sub> | <sub>*[T](x)*</sub> | <sub>1%</sub> | <sub>2%</sub> | <sub>a</sub> | <sub>b</sub> |
+{row(1, "No", "1%", "2%", "a", "b")}
 """
 LICENSE = """\
 All weights of the models in the Model Zoo are released under the MIT license except the following

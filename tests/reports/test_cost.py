@@ -58,8 +58,11 @@ def test_what_was_not_counted_is_not_nothing(make_record):
     assert (cw["forwards"], cw["uncounted"], cw["untimed"], cw["seconds"]) == (200, 2, 1, 2.0)
     assert pd.isna(others["forwards"]) and others["uncounted"] == 1 and others["seconds"] == 3.0
     assert (fgsm["forwards"], fgsm["uncounted"]) == (0, 0)
+    (line,) = of(cost(Results([make_record(status="failed", error="no", run="")])), "attacks")
+    assert pd.isna(line["seconds"]) and pd.isna(line["forwards"]) and line["untimed"] == 1
     (board,) = cost_boards(Results([make_record(attack="torchattacks:VNIFGSM")]))
     text = markdown(board)
+    assert " forward and " not in text
     assert "attacks, torchattacks:VNIFGSM: passes of 1" in text and "| –" in text
 
 
@@ -125,7 +128,8 @@ def test_report_sums_it(trained, tmp_path, monkeypatch, capsys):
     from robench.benchmark import cli
 
     save(tmp_path / "run", Results(trained("a")))
-    monkeypatch.setattr(sys, "argv", ["robench", "report", str(tmp_path / "run"), "--format", "csv"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["robench", "report", "run", "--format", "csv"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "cost: cpu: training 1.7 min, attacks 21 s, " in capsys.readouterr().err

@@ -21,7 +21,8 @@ def measured(make_record, write_flags, tmp_path):
         flags = [np.array([c == "1" for c in text]) for text in (correct, robust)]
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
         return make_record(**{
-            "threat": threat, "attack": "autoattack", "n": len(robust), "data_sha256": f"n{len(robust)}",
+            "threat": threat, "attack": "autoattack", "n": len(robust),
+            "data_sha256": f"n{len(robust)}",
             "n_correct": int(flags[0].sum()), "n_robust": int(flags[1].sum()),
             "flags": write_flags(path, *flags), **changes})
 
