@@ -84,6 +84,13 @@ class Union(Pooled):
         return tuple(dict.fromkeys(note for part in self._parts() for note in part.notes(classes)))
 
 
+def joint(attack: Attack, threat: ThreatModel) -> str:
+    """All that an attack works under, as records name it: "Linf:8/255", or of a union
+    "Linf:8/255+L2:0.5", which no table puts beside the former."""
+    others = attack.others if isinstance(attack, Union) else ()
+    return "+".join(map(str, (threat, *others)))
+
+
 @ATTACKS.register(
     "union",
     description="AutoAttack under several threat models: robust is what withstands all of them",

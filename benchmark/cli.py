@@ -16,6 +16,7 @@ from robench.benchmark.commands.report import analyze, list_, report
 from robench.benchmark.commands.speed import speed
 from robench.benchmark.commands.survey import corruptions, gallery, steps, transfer
 from robench.benchmark.commands.train import run
+from robench.benchmark.commands.zoo import zoo
 from robench.errors import EXIT_CODES, RobenchError
 
 INTERRUPTED = 130
@@ -31,7 +32,7 @@ def cli() -> None:
 
 
 for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, gallery,
-                 transfer, steps, corruptions, report, analyze, list_, doctor):
+                 transfer, steps, corruptions, report, analyze, list_, zoo, doctor):
     cli.add_command(_command)
 
 

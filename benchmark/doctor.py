@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from robench.benchmark import zoo
+from robench.benchmark.zoo.package import INSTALL, hazards, import_robustbench
 from robench.errors import UsageError, one_line
 
 PACKAGES = ("robench", "torch", "torchvision", "numpy", "pandas", "scikit-learn", "torchattacks",
-            "pyautoattack", "robustbench", "setuptools")
+            "pyautoattack", "robustbench", "timm", "huggingface_hub", "setuptools")
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def _torch() -> Iterator[Finding]:
 
 
 def _robustbench() -> Iterator[Finding]:
+    """The hazards between packages, each with its cure; where there is none, the import."""
     if _version("robustbench") == "not installed":
         yield Finding("robustbench", True, "not installed; robustbench:NAME needs robench[zoo]")
         return
-    if zoo.overwritten():
-        yield Finding("robustbench", False, "overwritten by torchattacks' own copy", zoo.CURE)
-        return
-    yield _try("robustbench", lambda: f"imports ({zoo.import_robustbench().__name__})",
-               'pip install "robench[zoo]"')
+    found = hazards()
+    yield from (Finding(one.name, False, one.text, one.cure) for one in found)
+    if not found:
+        yield _try("robustbench", lambda: f"imports ({import_robustbench().__name__})",
+                   INSTALL)
 
 
 def _try(name: str, action: Callable[[], str], cure: str) -> Finding:

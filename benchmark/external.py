@@ -27,7 +27,7 @@ def evaluate_external(
     sources: tuple[str, ...], spec: RunSpec, *, zoo: Path = Path("models"), quiet: bool = True,
     budget: float | None = None, replay: Path | None = None,
 ) -> Results:
-    """Attack networks by `PATH`, `package.module:factory` or `robustbench:NAME`.
+    """Attack networks, named as in `sources.SOURCES`.
 
     `spec` gives data set, threat model, attacks and output folder; `spec.model` the
     architecture of a checkpoint that does not name it. After `budget` seconds the attacks stop:
@@ -41,7 +41,8 @@ def evaluate_external(
         matrix.check_pooled("replays no examples")
         matrix.starts = Examples.load(replay).starts(matrix.test)
         matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
-    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
+    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo,
+                             reporter=matrix.reporter)
                 for source in dict.fromkeys(sources)]
     with locked(spec.out):
         results = _evaluated(matrix, networks)
@@ -98,4 +99,5 @@ def _facts(network: Network) -> dict[str, Any]:
         "ranked": True,
         "baseline": False,
         "teacher_sha256": {},
+        "notes": network.notes,
     }

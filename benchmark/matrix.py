@@ -15,7 +15,7 @@ import robench
 from robench.attacks.base import frozen
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
-from robench.attacks.union import Union
+from robench.attacks.union import Union, joint
 from robench.attacks.verify import full_precision
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
 from robench.benchmark.checkpoints import Header, read_header, weights_sha256
@@ -169,7 +169,8 @@ class Matrix:
         header = read_header(path) if path.suffix == ".safetensors" else None
         named = header is not None and header.model.name != self.spec.model
         teacher = load_network(source, self.dataset, self.threat,
-                               model=None if named else self.spec.model)
+                               model=None if named else self.spec.model,
+                               reporter=self.reporter)
         check_logits(teacher.net, self.test.x[:2], self.test.y)
         return teacher
 
@@ -302,7 +303,7 @@ class Matrix:
             "fingerprint": subject.fingerprint,
             "attack": spec.label + (",replay" if self.starts is not None else ""),
             "attack_seed": seed,
-            "threat": str(threat),
+            "threat": joint(spec.build(threat), threat),
             "n_correct": int(target.correct[:n].sum()),
         }
         try:

@@ -31,7 +31,8 @@ TORCHATTACKS_PGD = {"Linf": "PGD", "L2": "PGDL2"}
 
 def networks(matrix: Matrix, sources: Sequence[str], zoo: Path) -> Iterator[tuple[str, nn.Module]]:
     """Name and network of each source, all checked before the first is used."""
-    found = [load_network(source, matrix.dataset, matrix.threat, model=matrix.spec.model, zoo=zoo)
+    found = [load_network(source, matrix.dataset, matrix.threat, model=matrix.spec.model, zoo=zoo,
+                          reporter=matrix.reporter)
              for source in dict.fromkeys(sources)]
     for network in found:
         check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)

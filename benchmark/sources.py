@@ -1,10 +1,10 @@
-"""Networks from anywhere: a checkpoint, the user's own factory, the RobustBench zoo."""
+"""Networks from anywhere: a file, the user's own factory, the zoos and hubs of others."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,14 @@ from robench.benchmark.checkpoints import Header, load_checkpoint, load_weights,
 from robench.benchmark.checks import eval_mode
 from robench.benchmark.data import Dataset, class_order
 from robench.benchmark.models import build_model
-from robench.benchmark.zoo import load_robustbench
+from robench.benchmark.progress import Reporter
+from robench.benchmark.zoo.entries import license_of
+from robench.benchmark.zoo.hubs import Pretrained, hub_file, load_timm, load_torchvision
+from robench.benchmark.zoo.load import load_robustbench, split_name
 from robench.errors import UsageError, one_line
+
+SOURCES = ("a file", "package.module:factory", "robustbench:NAME", "timm:NAME",
+           "torchvision:NAME", "hf:ORG/REPO")
 
 
 @dataclass(frozen=True)
@@ -28,36 +34,88 @@ class Network:
     model: str  # name of the architecture
     header: Header | None = None  # what a robench checkpoint says about itself
     in_train_mode: int = 0  # modules that came in train mode, see `checks.eval_mode`
+    notes: tuple[str, ...] = ()  # what a reader of a table must know: the license of the weights
 
 
 def load_network(
     source: str, dataset: Dataset, threat: ThreatModel, *, model: str | None = None,
-    zoo: Path = Path("models"),
+    zoo: Path = Path("models"), reporter: Reporter | None = None,
 ) -> Network:
-    """Load `PATH`, `package.module:factory` or `robustbench:NAME` for this data set.
+    """Load a network, named as in SOURCES, for this data set.
 
     Args:
         model: the architecture, for a checkpoint that does not name it.
         zoo: where RobustBench's weights lie or are put.
+        reporter: shows downloads, and the license of weights that others trained.
 
     Raises:
         UsageError: it does not exist, cannot be read, or is not for this data set.
+        RobenchError: it could not be downloaded.
     """
     def build(name: str) -> nn.Module:
         return build_model(name, classes=len(dataset.classes), channels=dataset.channels,
                            size=dataset.size)
 
-    if source.startswith("robustbench:"):
-        name = source.removeprefix("robustbench:")
-        return Network(load_robustbench(name, dataset.name, threat.norm, zoo), source, name)
-    path = Path(source)
+    reporter = reporter or Reporter(quiet=True)
+    path, (kind, colon, name) = Path(source), source.partition(":")
+    if kind == "robustbench" and colon:
+        return _of_zoo(name, dataset, threat, zoo, reporter)
+    if kind in HUBS and colon:
+        return _of_library(source, HUBS[kind](name, len(dataset.classes)), dataset, reporter)
+    if kind == "hf" and colon:
+        file, license = hub_file(name)
+        network = replace(_from_file(file, model, dataset, build), source=source)
+        return _licensed(network, license, reporter)
     if path.suffix in (".safetensors", ".pt", ".pth") or path.exists():
         return _from_file(path, model, dataset, build)
-    if ":" in source:
+    if colon:
         net = build(source)
         modes = int(eval_mode(net))
         return Network(net.eval(), source, source, in_train_mode=modes)
-    raise UsageError(f"{source!r} is no file, no package.module:factory and no robustbench:NAME")
+    raise UsageError(f"{source!r} is none of {', '.join(SOURCES)}")
+
+
+HUBS: dict[str, Callable[[str, int], Pretrained]] = {
+    "timm": load_timm, "torchvision": load_torchvision,
+}
+
+
+def _of_zoo(
+    name: str, dataset: Dataset, threat: ThreatModel, folder: Path, reporter: Reporter
+) -> Network:
+    net = load_robustbench(name, dataset.name, threat.norm, folder, reporter)
+    listed, model = split_name(name, threat.norm)
+    network = Network(net, f"robustbench:{name}", model)
+    return _licensed(network, license_of(model, dataset.name, listed), reporter)
+
+
+def _of_library(
+    source: str, found: Pretrained, dataset: Dataset, reporter: Reporter
+) -> Network:
+    """Raises UsageError for a network that does not take these images."""
+    if found.classes != len(dataset.classes):
+        raise UsageError(f"{source} tells {found.classes:,} classes apart, {dataset.name} has "
+                         f"{len(dataset.classes):,}: name a data set with those classes, or "
+                         f"weights for these: {source.partition(',')[0]},file=PATH")
+    if found.channels != dataset.channels:
+        raise UsageError(f"{source} takes images with {found.channels} channels, {dataset.name} "
+                         f"has {dataset.channels}")
+    sizes = (f"{source} was trained on {found.size}x{found.size} images, {dataset.name} has "
+             f"{dataset.size}x{dataset.size}")
+    if found.size != dataset.size and found.fixed:
+        raise UsageError(f"{sizes}, and it takes no others")
+    network = Network(found.net, source, source.partition(",")[0])
+    if found.size != dataset.size:
+        reporter.warn(sizes)
+        network = replace(network, notes=(sizes,))
+    return _licensed(network, found.license, reporter)
+
+
+def _licensed(network: Network, license: str, reporter: Reporter) -> Network:
+    """The network with the license of its weights among its notes; it is shown, too."""
+    note = f"license of the weights: {license}"
+    reporter.say(f"{network.source}: {note}")
+    return replace(network, notes=(*network.notes, note))
 
 
 def _from_file(

@@ -51,7 +51,8 @@ class Bench:
         given = matrix.dataset.train if split == "train" else matrix.test
         images = given.take(spec.limit or min(limit or len(given), len(given))).fitted()
         images = images.checked(len(matrix.dataset.classes))
-        networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
+        networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo,
+                             reporter=matrix.reporter)
                     for source in expand(sources, partners=partners)]
         for network in networks:
             check_logits(network.net.to(matrix.device), matrix.probe, matrix.test.y)

@@ -22,6 +22,7 @@ from robench.reports.class_boards import class_boards
 from robench.reports.class_figures import draw_classes
 from robench.reports.classes import class_accuracy, confusion
 from robench.reports.corruptions import corruption_boards, corruptions, draw_corruptions
+from robench.reports.cost import cost, cost_boards
 from robench.reports.crossing import crossing, crossing_boards, draw_crossing
 from robench.reports.curves import draw_over_eps, draw_over_steps, over_eps, over_steps
 from robench.reports.drawings import draw_rob_f, draw_rob_f_training, draw_tradeoff, draw_training
@@ -35,6 +36,7 @@ from robench.reports.style import Drawing, Looks
 from robench.reports.text import NOTHING, Board, Cell, Column, markdown
 from robench.reports.trace import Trace, record_id
 from robench.reports.tradeoff import tradeoff_table
+from robench.reports.union import union, union_boards
 
 
 def no_figures(results: Results, look: Looks) -> Iterable[Drawing]:
@@ -153,6 +155,20 @@ ANALYSES = {one.name: one for one in (
     Analysis(
         "trade-off", "Trade-off", "What robustness costs in clean accuracy and in time",
         lambda results: tradeoff_table(results.records), draw_tradeoff,
+    ),
+    Analysis(
+        "cost", "Cost", "What the run took: time, passes and memory of trainings and attacks",
+        cost, boards=cost_boards,
+        intro="What the trainings, the attacks and the other measurements took, each training and "
+        "each teacher once. Times are wall times of single processes, added up; passes are of "
+        "single images. What was not counted is said, and is in no sum.",
+    ),
+    Analysis(
+        "union", "Union", "Accuracy under each of several threat models, and under all of them "
+        "(Tramer and Boneh 2019)",
+        lambda results: union(results.records), boards=union_boards,
+        intro="The same networks on the same images under several threat models. An image counts "
+        "under all of them if it withstands each. Accuracies in percent.",
     ),
     Analysis(
         "over-eps", "Over eps", "How robustness goes down as the attacker may change more",

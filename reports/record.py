@@ -69,7 +69,7 @@ class Record(BaseModel):
     attack: str
     attack_config: dict[str, Any]
     attack_seed: Int
-    threat: str  # "Linf:8/255", the key to group by
+    threat: str  # "Linf:8/255", the key to group by; of a union "Linf:8/255+L2:0.5"
     n_correct: Int  # clean
     n_robust: Int  # correct on the clean image and not fooled
     n_open: Int = 0  # of these, images that were not attacked to the end
@@ -82,7 +82,7 @@ class Record(BaseModel):
     threads: Int
     batch_size: Int
     peak_bytes: Int  # of the process (CPU) or the device (CUDA)
-    max_distance: Number  # of the counted examples
+    max_distance: Number  # of the counted examples; of a union all in shares of the first eps
     violations: Int  # claimed examples outside the threat model; never counted as fooled
     warnings: tuple[str, ...]
     status: Literal["ok", "partial", "failed"]  # partial: out of time, see n_open

@@ -23,6 +23,7 @@ Examples:
   robench eval my_package.nets:trained --dataset cifar10 --data-root data --limit 1000
   robench eval weights.pt --model resnet18 --dataset cifar10 --data-root data
   robench eval robustbench:Carmon2019Unlabeled --dataset cifar10 --data-root data
+  robench eval timm:resnet18,file=weights.safetensors --dataset cifar10 --data-root data
 """)
 @click.argument("sources", nargs=-1, required=True, metavar="NETWORK...")
 @click.option("--seed", type=int, help="Of the attacks.  [default: 0]")
@@ -37,7 +38,8 @@ def evaluate(
     sources: tuple[str, ...], budget: str | None, replay: Path | None, zoo: Path,
     quiet: bool, **given: Any,
 ) -> None:
-    """Attack networks: checkpoints, package.module:factory, robustbench:NAME."""
+    """Attack networks: files, package.module:factory, robustbench:NAME, timm:NAME,
+    torchvision:NAME, hf:ORG/REPO."""
     values = {"out": Path("runs/eval"), **values_of(given)}
 
     from robench.benchmark.external import evaluate_external

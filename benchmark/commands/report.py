@@ -38,6 +38,7 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
     from robench.files import locked
     from robench.reports import render, summary
     from robench.reports.baseline import with_baseline
+    from robench.reports.cost import cost, in_words
     from robench.reports.embed import embed
     from robench.reports.site import site
     from robench.reports.store import load
@@ -57,6 +58,8 @@ def report(runs: tuple[Path, ...], out: Path | None, formats: str | None, baseli
             results = with_baseline(results, baseline)
         render(results, out, [name.strip() for name in (formats or "").split(",") if name.strip()])
     click.echo(summary(results))
+    for line in in_words(cost(results)):
+        click.echo(f"cost: {line}", err=True)
     click.echo(f"wrote the reports to {out}/", err=True)
 
 

@@ -69,7 +69,8 @@ def diagnose(
     """All checks on networks given as for `eval`, on `spec.limit` images or LIMIT."""
     matrix = Matrix(spec, Reporter(quiet=quiet))
     matrix.test = matrix.test.take(min(spec.limit or LIMIT, len(matrix.test))).fitted()
-    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)
+    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo,
+                             reporter=matrix.reporter)
                 for source in dict.fromkeys(sources)]
     return [_diagnose(network, matrix) for network in networks]
 

@@ -149,7 +149,7 @@ EVAL = ("eval", "net.safetensors")
         (("runn",), "No such command 'runn'"),
         (("eval",), "Missing argument"),
         (("eval", "nowhere.pt"), "there is no file nowhere.pt"),
-        (("eval", "nowhere"), "'nowhere' is no file, no package.module:factory and no robustbench"),
+        (("eval", "nowhere"), "'nowhere' is none of a file, package.module:factory, robustbench"),
         (("eval", "cut.safetensors"), "cut.safetensors: cannot be read, it is truncated"),
         (("eval", "garbage.safetensors"), "garbage.safetensors: cannot be read"),
         (("eval", "garbage.pt", "--model", "smallcnn"), "holds more than tensors, or is damaged"),

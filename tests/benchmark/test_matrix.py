@@ -113,8 +113,8 @@ def test_the_files_of_a_run(finished):
     assert {p.name for p in finished.iterdir()} == {
         "results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "leaderboard.csv",
         "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json", "rob_f.csv",
-        "rob_f_training.csv", "others.csv", "trade_off.csv", "over_eps.csv", "overlap.csv",
-        "training.csv", "cells", "classes.csv", "confusion.csv", "figures",
+        "rob_f_training.csv", "others.csv", "trade_off.csv", "cost.csv", "over_eps.csv",
+        "overlap.csv", "training.csv", "cells", "classes.csv", "confusion.csv", "figures",
     }
     cells = list((finished / "cells").iterdir())
     assert len(cells) == 3  # the teacher was trained once

@@ -13,8 +13,8 @@ from robench.reports.gallery import draw, looks_of
 from robench.reports.page import sections
 from robench.reports.tables import rob_f_training, training
 
-WITH_DATA = {"leaderboard", "rob-f", "rob-f-training", "others", "trade-off", "over-eps", "overlap",
-             "training"}
+WITH_DATA = {"leaderboard", "rob-f", "rob-f-training", "others", "trade-off", "cost", "over-eps",
+             "overlap", "training"}
 
 
 @pytest.fixture

@@ -54,9 +54,9 @@ def outline(html):
 
 def test_the_page_is_whole(outline, html):
     assert html.startswith("<!doctype html>\n<html lang=\"en\">")
-    assert outline.tags.count("svg") == 6 and outline.tags.count("table") == 9
+    assert outline.tags.count("svg") == 6 and outline.tags.count("table") == 10
     assert len(outline.ids) == len(set(outline.ids))
-    for section in ("leaderboard", "rob-f", "others", "trade-off", "over-eps", "overlap",
+    for section in ("leaderboard", "rob-f", "others", "trade-off", "cost", "over-eps", "overlap",
                     "training", "measured", "records"):
         assert section in outline.ids and ("href", f"#{section}") in outline.attributes
 

@@ -7,8 +7,8 @@ from robench.reports.base import ASKED, Report, format_of
 
 FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl",
          "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json"}
-TABLES = {"leaderboard.csv", "rob_f.csv", "others.csv", "trade_off.csv", "over_eps.csv",
-          "overlap.csv", "training.csv"}
+TABLES = {"leaderboard.csv", "rob_f.csv", "others.csv", "trade_off.csv", "cost.csv",
+          "over_eps.csv", "overlap.csv", "training.csv"}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,201 @@
+"""What a run cost: time, passes and memory, each thing once, and what nobody counted said so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from robench.reports.record import Record, Survey
+from robench.reports.store import Results
+from robench.reports.tables import run_labels
+from robench.reports.text import NOTHING, Board, Cell, Column, count, duration
+
+TRAINING, TEACHERS, ATTACKS, SURVEYS = "training", "teachers", "attacks", "surveys"
+TYPES = {"part": "object", "what": "object", "device": "object", "networks": "Int64",
+         "measured": "Int64", "seconds": "float64", "forwards": "float64", "backwards": "float64",
+         "peak_bytes": "Int64", "untimed": "Int64", "uncounted": "Int64"}
+
+Line = dict[str, Any]
+
+
+def cost(results: Results) -> pd.DataFrame:
+    """What the trainings, the attacks and the other measurements of a run took.
+
+    A line for each defense that was trained, for the teachers, for each attack and each kind of
+    survey, by device. `networks` and `measured` are how many there are of them; `seconds` of wall
+    time, `forwards` and `backwards`, passes of single images, are sums over those of which they
+    are known; `untimed` and `uncounted` say of how many they are not. A training is counted once,
+    however many checkpoints of it were attacked, and for the device on which they were; a teacher
+    once, however many students it has. `peak_bytes` is the largest of all.
+    """
+    lines = [*_trainings(results), *_teachers(results.records), *_attacks(results.records),
+             *_surveys(results)]
+    return pd.DataFrame({name: pd.Series([line.get(name) for line in lines], dtype=kind)
+                         for name, kind in TYPES.items()})
+
+
+def cost_boards(results: Results) -> list[Board]:
+    """The table for people, with the sums above it."""
+    frame = cost(results)
+    if frame.empty:
+        return []
+    lines: list[Line] = [{str(k): v for k, v in line.items()} for line in frame.to_dict("records")]
+
+    def words(title: str, name: str) -> Column:
+        return Column(title, tuple(Cell(line[name] or NOTHING) for line in lines), words=True)
+
+    def numbers(title: str, name: str, text: Any) -> Column:
+        return Column(title, tuple(Cell(NOTHING) if pd.isna(line[name]) else
+                                   Cell(text(line[name]), sort=float(line[name]))
+                                   for line in lines))
+
+    return [Board("Cost", (
+        words("Part", "part"), words("What", "what"), words("Device", "device"),
+        numbers("Networks", "networks", "{:,}".format),
+        numbers("Measurements", "measured", "{:,}".format),
+        numbers("Wall time", "seconds", duration),
+        numbers("Forward passes", "forwards", count),
+        numbers("Backward passes", "backwards", count),
+        numbers("Peak memory", "peak_bytes", _bytes),
+        Column("Not known", tuple(Cell(_gaps(line) or NOTHING) for line in lines), words=True),
+    ), tuple(in_words(frame)))]
+
+
+def in_words(frame: pd.DataFrame) -> list[str]:
+    """The sums of `cost`: a line for each device, and one for what is not known."""
+    said = []
+    for device, some in frame[frame["device"] != ""].groupby("device", sort=False):
+        parts = []
+        for part in (TRAINING, TEACHERS, ATTACKS, SURVEYS):
+            mine = some[some["part"] == part]
+            if mine["seconds"].notna().any():
+                parts.append(f"{part} {duration(float(mine['seconds'].sum()))}")
+        if some["forwards"].notna().any():
+            passes = [float(some[name].sum()) for name in ("forwards", "backwards")]
+            parts.append(f"{count(passes[0])} forward and {count(passes[1])} backward passes")
+        if some["peak_bytes"].notna().any():
+            parts.append(f"largest peak memory {_bytes(some['peak_bytes'].max())}")
+        said.append(f"{device}: {', '.join(parts)}")
+    gaps = [f"{line['part']}, {line['what']}: {_gaps(line)}" for line in frame.to_dict("records")
+            if _gaps(line)]
+    return said + ([f"Not known, and in no sum: {'; '.join(gaps)}"] if gaps else [])
+
+
+def _trainings(results: Results) -> list[Line]:
+    """One for each defense, and one for the networks that came from outside."""
+    labels, runs = run_labels(results.records), dict[str, tuple[str, str, float]]()
+    for r in results.records:
+        if r.run:
+            runs.setdefault(r.run, (labels[r.run], r.device, r.train_seconds))
+    for run in {e.run for e in results.epochs} - runs.keys():  # nothing of it was attacked
+        epochs = [e for e in results.epochs if e.run == run]
+        runs[run] = (epochs[0].defense, "", sum(e.seconds for e in epochs))
+    lines: dict[tuple[str, str], Line] = {}
+    for label, device, seconds in runs.values():
+        line = lines.setdefault((label, device), {
+            "part": TRAINING, "what": label, "device": device, "networks": 0, "seconds": 0.0,
+            "untimed": 0})
+        line["networks"] += 1
+        line["seconds"] += seconds
+    ours = {r.weights_sha256 for r in results.records if r.run}
+    outside = {r.weights_sha256 for r in results.records} - ours
+    return [*lines.values(), *([{
+        "part": TRAINING, "what": "networks from outside", "device": "", "networks": len(outside),
+        "untimed": len(outside)}] if outside else [])]
+
+
+def _teachers(records: Iterable[Record]) -> list[Line]:
+    """The teachers that are no rows of their own, each once.
+
+    A record has the time of all its teachers in one number; where one of them is known, from
+    another record, the rest of it is the others'.
+    """
+    records = list(records)
+    known = {r.weights_sha256: r.train_seconds + r.teacher_seconds for r in records if r.run}
+    trained = set(known)
+    taught = {frozenset(r.teacher_sha256.values()): r for r in records if r.teacher_sha256}
+    device, seconds, extra = "", 0.0, set[str]()
+    untimed = set[str]()
+    for teachers, r in sorted(taught.items(), key=lambda item: len(item[0])):
+        left = r.teacher_seconds - sum(known.get(one, 0.0) for one in teachers)
+        new = teachers - known.keys()
+        if not new:
+            continue
+        if left > 1e-6:
+            seconds, device = seconds + left, r.device
+        else:  # nobody trained them here
+            untimed |= new
+        # The first has the time of all that are new; their sum is what counts.
+        known |= {one: max(left, 0.0) if one == min(new) else 0.0 for one in new}
+        extra |= new - trained
+    if not extra:
+        return []
+    return [{"part": TEACHERS, "what": "that are no rows", "device": device,
+             "networks": len(extra), "seconds": seconds if seconds else None,
+             "untimed": len(untimed)}]
+
+
+def _attacks(records: Sequence[Record]) -> list[Line]:
+    """One for each attack and device. Points of the accuracy-over-eps figure are apart."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        what = r.attack + (" over eps" if r.role == "curve" else "")
+        found.setdefault((what, r.device), []).append(r)
+    return [{
+        "part": ATTACKS, "what": what, "device": device,
+        "networks": len({r.weights_sha256 for r in some}), "measured": len(some),
+        "seconds": sum(r.seconds for r in some if r.status != "failed")
+        if any(r.status != "failed" for r in some) else None,
+        "forwards": _passes(some, "forwards"), "backwards": _passes(some, "backwards"),
+        "peak_bytes": max(r.peak_bytes for r in some),
+        "untimed": sum(r.status == "failed" for r in some),
+        "uncounted": sum(not _counted(r) for r in some),
+    } for (what, device), some in found.items()]
+
+
+def _counted(r: Record) -> bool:
+    """Whether the passes are known; there are none where no image was attacked."""
+    if r.status == "failed":
+        return False
+    return r.n_correct == 0 or (r.forwards is not None and r.backwards is not None)
+
+
+def _passes(records: Iterable[Record], name: str) -> float | None:
+    """Of single images: a record has the mean over those that were attacked."""
+    known = [(getattr(r, name) or 0.0) * r.n_correct for r in records if _counted(r)]
+    return sum(known) if known else None
+
+
+def _surveys(results: Results) -> list[Line]:
+    """What commands of their own measured; Rob_f has no clock."""
+    kinds: dict[str, Sequence[Survey]] = {
+        "landscape": results.landscapes, "transfer": results.crossings,
+        "steps": results.steps, "gallery": results.galleries}
+    lines: list[Line] = []
+    for what, surveys in kinds.items():
+        for device in dict.fromkeys(one.device for one in surveys):
+            some = [one for one in surveys if one.device == device]
+            lines.append({
+                "part": SURVEYS, "what": what, "device": device, "measured": len(some),
+                "networks": len({one.weights_sha256 for one in some}),
+                "seconds": sum(one.seconds for one in some), "untimed": 0,
+                "uncounted": len(some)})
+    if results.transfers:
+        n = len(results.transfers)
+        lines.append({"part": SURVEYS, "what": "Rob_f", "device": "", "measured": n,
+                      "untimed": n, "uncounted": n})
+    return lines
+
+
+def _gaps(line: Any) -> str:
+    """What is not known of a line, in words."""
+    untimed, uncounted = (0 if pd.isna(line[name]) else int(line[name])
+                          for name in ("untimed", "uncounted"))
+    return ", ".join([*([f"time of {untimed:,}"] if untimed else []),
+                      *([f"passes of {uncounted:,}"] if uncounted else [])])
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
