@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, NamedTuple, Protocol
 
 from robench.attacks.search import Pooled
@@ -189,13 +190,31 @@ def pending(tasks: Iterable[Task]) -> list[Task]:
     return [replace(task, needs=tuple(key for key in task.needs if key in keys)) for task in left]
 
 
-def heights(tasks: Sequence[Task]) -> dict[str, int]:
-    """How many tasks the longest chain has that begins with each of them."""
+def ready(left: Mapping[str, Task], running: Container[str], most: int) -> list[Task]:
+    """The first ones, at most so many, whose turn it is: nothing they need is still to come."""
+    turn = (task for task in left.values()
+            if not any(key in left or key in running for key in task.needs))
+    return list(islice(turn, most))
+
+
+def without(left: Mapping[str, Task], failed: str) -> dict[str, Task]:
+    """Without the tasks that need a failed one, or what does."""
+    lost, kept = {failed}, dict[str, Task]()
+    for key, task in left.items():  # they come after what they need
+        if lost.isdisjoint(task.needs):
+            kept[key] = task
+        else:
+            lost.add(key)
+    return kept
+
+
+def urgent_first(tasks: Sequence[Task]) -> list[Task]:
+    """Those first with which the longest chains begin; what they need still comes before them."""
     height = {task.key: 1 for task in tasks}
     for task in reversed(tasks):
         for key in task.needs:
             height[key] = max(height[key], height[task.key] + 1)
-    return height
+    return sorted(tasks, key=lambda task: -height[task.key])
 
 
 def critical_path(tasks: Sequence[Task]) -> list[Task]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from robench.attacks.search import Pooled
-from robench.attacks.threat import ThreatModel
 from robench.attacks.union import Union
 from robench.benchmark import facts
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train

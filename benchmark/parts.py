@@ -294,9 +294,9 @@ def together(parts: Sequence[Part]) -> Part:
         max_distance=max(part.max_distance for part in parts),
         violations=sum(part.violations for part in parts),
         batch_size=max(part.batch_size for part in tried or parts),
-        attacked=sum(part.attacked for part in parts), forwards=total("forwards"), backwards=total("backwards"),
-        seen=total("seen"), broke=total("broke"), open=sum(part.open for part in parts),
-        stages=named,
+        attacked=sum(part.attacked for part in parts), forwards=total("forwards"),
+        backwards=total("backwards"), seen=total("seen"), broke=total("broke"),
+        open=sum(part.open for part in parts), stages=named,
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         prepared="; ".join(dict.fromkeys(part.prepared for part in tried)),
         breaker=np.concatenate([none if part.breaker is None else part.breaker

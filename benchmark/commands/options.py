@@ -24,7 +24,8 @@ def shared(*, several: bool = False) -> Callable[[F], F]:
         click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
                      help="Settings as YAML, such as `defense: [peeraid]`; options override it."),
         click.option("--dataset", metavar="NAME", multiple=several,
-                     help=f"{again}digits (default), cifar10, ..., folder:PATH. See `robench list`."),
+                     help=f"{again}digits (default), cifar10, ..., folder:PATH. See "
+                     "`robench list`."),
         click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
                      help="Folder in torchvision's layout.  [default: data]"),
         click.option("--download", is_flag=True, default=None, help="Let torchvision download."),

@@ -82,9 +82,14 @@ def specs_of(given: dict[str, Any]) -> list[RunSpec]:
 
     if "jobs" not in values and values.get("devices", 1) == 1:
         values["jobs"] = default_jobs(str(values.get("device", "auto")))
-    datasets, models = (list(dict.fromkeys(many)) if isinstance(
-        many := values.pop(name, (None,)), list | tuple) else [many] for name in ("dataset", "model"))
-    return [RunSpec.create({**values, **{name: value for name, value in
-                                         (("dataset", dataset), ("model", model))
-                                         if value is not None}})
-            for dataset in datasets for model in models]
+    models = _each(values, "model")
+    return [RunSpec.create({**values, **dataset, **model})
+            for dataset in _each(values, "dataset") for model in models]
+
+
+def _each(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A setting that may have several values, taken out: one setting for each of them."""
+    given = values.pop(name, None)
+    many = list(given) if isinstance(given, list | tuple) else [given]
+    return [{} if one is None else {name: one}
+            for index, one in enumerate(many or [None]) if one not in many[:index]]

@@ -20,7 +20,7 @@ import torch
 
 from robench.benchmark.executors import Request, threads_of
 from robench.benchmark.executors.work import Outcome, Worker
-from robench.benchmark.graph import Task, heights
+from robench.benchmark.graph import Task, ready, urgent_first, without
 from robench.benchmark.progress import Message, Remote, Reporter, relayed
 from robench.defenses.launch import die_with_parent
 from robench.errors import RobenchError
@@ -36,30 +36,20 @@ def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> i
     longest chains behind them go first, then in their order. What needs a task that failed is
     left to the caller.
     """
-    jobs, height = request.specs[0].jobs, heights(tasks)
-    left = {task.key: task for task in sorted(tasks, key=lambda task: -height[task.key])}
-    flying: dict[Future[Outcome], Task] = {}
+    jobs, left = request.specs[0].jobs, {task.key: task for task in urgent_first(tasks)}
+    flying: dict[Future[Outcome], str] = {}
     measured = 0
     with _pool(request, reporter) as pool:
         while True:
-            waited_for = {*left, *(task.key for task in flying.values())}
-            ready = [task for task in left.values() if not waited_for.intersection(task.needs)]
-            for task in ready[: jobs - len(flying)]:
-                flying[pool.submit(_do, left.pop(task.key))] = task
+            for task in ready(left, flying.values(), jobs - len(flying)):
+                flying[pool.submit(_do, left.pop(task.key))] = task.key
             if not flying:
                 return measured
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                task, outcome = flying.pop(future), future.result()
+                key, outcome = flying.pop(future), future.result()
                 measured += outcome.measured
                 if not outcome.done:
-                    _drop(left, task.key)
-
-
-def _drop(left: dict[str, Task], key: str) -> None:
-    """Without all that waits for a task, and for what waits for that."""
-    for task in [task for task in left.values() if key in task.needs]:
-        if left.pop(task.key, None) is not None:
-            _drop(left, task.key)
+                    left = without(left, key)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch
 
 from robench.benchmark.executors import Request, threads_of
 from robench.benchmark.executors.work import Outcome, Worker
-from robench.benchmark.graph import Task, heights
+from robench.benchmark.graph import Task, urgent_first
 from robench.benchmark.progress import Message, Remote, Reporter
 from robench.errors import RobenchError, UsageError, one_line
 from robench.files import LOCK
@@ -33,11 +33,11 @@ _worker: tuple[Request, Worker] | None = None  # of this process
 def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> int:
     """Do the tasks on a Ray cluster; see `executors.work_ahead`."""
     ray: Any = importlib.import_module("ray")
-    height, refs = heights(tasks), dict[str, Any]()
+    refs: dict[str, Any] = {}
     with _joined(ray, request), _relayed(ray, reporter) as messages:
         # Without max_calls a process would end after every task that had a GPU.
         remote = ray.remote(max_calls=0, max_retries=RETRIES)(_perform)
-        for task in sorted(tasks, key=lambda task: -height[task.key]):
+        for task in urgent_first(tasks):
             refs[task.key] = remote.options(
                 name=task.label, num_cpus=task.threads, num_gpus=task.gpu,
             ).remote(request, task, messages, os.getcwd(), *(refs[key] for key in task.needs))
