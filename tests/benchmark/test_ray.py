@@ -28,15 +28,14 @@ CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 
-folder, nodes = sys.argv[1], int(sys.argv[2])
-small = {"object_store_memory": 80 * 2**20, "temp_dir": folder}
+small = {"object_store_memory": 80 * 2**20}
 cluster = Cluster(initialize_head=True, head_node_args={
     **small, "num_cpus": 0, "include_dashboard": False,
     # Losses are noticed sooner; on a machine of many tests not too soon.
     "_system_config": {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000,
                        "health_check_failure_threshold": 4}})
 raylets = [cluster.add_node(num_cpus=1, **small).all_processes["raylet"][0].process.pid
-           for _ in range(nodes)]
+           for _ in range(int(sys.argv[1]))]
 print(json.dumps([cluster.address, raylets]), flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -61,9 +60,9 @@ MAIN_JOB = ("run", "--defense", "trades", "--defense", "ard", "--defense", "rsla
             "--threads", "1", "--jobs", "3", "--shards", "3", "--limit", "120")
 
 
-def start(folder, code, *arguments, **options):
-    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull,
-           "RAY_USAGE_STATS_ENABLED": "0"}
+def start(folder, code, *arguments, env=None, **options):
+    env = {**os.environ, **(env or {}), "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1",
+           "GIT_DIR": os.devnull, "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=folder,
                             env=env, stdout=subprocess.PIPE, text=True, **options)
 
@@ -91,7 +90,7 @@ def tree(pid):
 def cluster(nodes):
     """(address, pids of the nodes' main processes); the head does no tasks."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: there are sockets in it
-    process = start(folder, CLUSTER, folder, nodes, stdin=subprocess.PIPE,
+    process = start(folder, CLUSTER, nodes, env={"RAY_TMPDIR": folder}, stdin=subprocess.PIPE,
                     stderr=subprocess.DEVNULL)
     try:
         line = process.stdout.readline()

@@ -47,7 +47,7 @@ def short(monkeypatch):
         for stage in stages:
             names = {f.name for f in fields(stage.stepper)} & {"steps", "queries"}
             assert len(names) == 1
-            yield Stage(replace(stage.stepper, **dict.fromkeys(names, 8)), stage.share)
+            yield Stage(replace(stage.stepper, **dict.fromkeys(names, 5)), stage.share)
 
     original = AutoAttack.stages
     monkeypatch.setattr(AutoAttack, "stages",
@@ -74,35 +74,37 @@ def parts_of(target, spec, threat, shards, **options):
             for span in slices(N, shards)]
 
 
-def facts(measurement):
-    """What was found, without time and work."""
-    same = ("config", "threat", "label", "clean", "predicted", "max_distance", "violations",
-            "notes", "precision", "stages", "breaker", "open", "prepared", "breakers", "warnings")
-    return {name: getattr(measurement, name) for name in same}
+VERDICTS = ("config", "threat", "label", "clean", "robust", "violations", "notes", "precision",
+            "stages", "breaker", "open", "prepared", "breakers", "warnings")
+EXAMPLES = ("predicted", "max_distance")
 
 
-@pytest.mark.parametrize(("attack", "eps"), [
-    ("pgd,steps=10,restarts=2", "Linf:0.1"), ("square,queries=40", "Linf:0.15"),
-    ("autoattack", "Linf:0.1"), ("autoattack-lite,share=0.5", "Linf:0.1"),
-    ("autoattack", "L2:0.4")])
-def test_seven_shards_find_what_one_process_finds(target, short, attack, eps):
+def assert_same(one, other, names):
+    for name in names:
+        np.testing.assert_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+@pytest.mark.parametrize(("attack", "eps", "units"), [
+    ("pgd-10", "Linf:0.1", 1), ("pgd,steps=10,restarts=2", "Linf:0.1", 2),
+    ("square,queries=40", "Linf:0.15", 1), ("autoattack", "Linf:0.1", 9),
+    ("autoattack-lite,share=0.5", "Linf:0.1", 9)])
+def test_seven_shards_find_what_one_process_finds(target, short, attack, eps, units):
     spec = AttackSpec.parse(attack).at("ieee")
     threat = ThreatModel.parse(eps)
     whole = measure(target, spec, threat, seed=3, keep=True)
     parts = parts_of(target, spec, threat, 7, seed=3, keep=True)
     split = merged(target, spec, threat, parts)
     assert 0 < whole.robust.sum() < whole.correct.sum()  # else it shows nothing
-    for name, value in facts(whole).items():
-        np.testing.assert_equal(facts(split)[name], value, err_msg=name)
-    for one, other in zip(whole.examples, split.examples, strict=True):
-        assert torch.equal(one, other)
+    assert_same(split, whole, VERDICTS)
+    assert torch.equal(split.examples[0], whole.examples[0])
+    if units == 1:  # of several restarts or targets in flight the first to fool counts
+        assert_same(split, whole, EXAMPLES)
+        assert torch.equal(split.examples[1], whole.examples[1])
+    if attack == "pgd-10":  # the others do more at once where the batch has room
+        assert_same(split, whole, ("forwards", "backwards"))
     assert split.seconds == sum(part.seconds for part in parts)
     assert split.forwards == pytest.approx(
         sum(part.forwards for part in parts) / whole.correct.sum())
-    # Units of one image that fly together are in vain when it falls: the more, the fewer images.
-    assert split.forwards >= whole.forwards and split.backwards >= whole.backwards
-    if "pgd" not in attack:
-        assert sum(whole.breakers.values()) > 0
 
 
 def test_sums_by_hand():
@@ -144,7 +146,7 @@ def test_attacks_that_draw_per_batch_are_cut_between_batches(target, monkeypatch
     monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
     ATTACKS.register("noise", description="for a test")(
         lambda threat: lambda model, x, y: threat.sample(x))
-    spec, threat = AttackSpec(name="noise"), ThreatModel("Linf", 0.4)
+    spec, threat = AttackSpec(name="noise"), ThreatModel("Linf", 0.9)
     batches = Target(target.model, target.data, batch_size=4)
     spans = Share(shards=3, batch_size=4).spans(spec, threat, N)
     assert spans == [(0, 8), (8, 20), (20, 30)]
@@ -153,7 +155,7 @@ def test_attacks_that_draw_per_batch_are_cut_between_batches(target, monkeypatch
     split = merged(batches, spec, threat, [attack_part(batches, spec, threat, span, seed=3)
                                            for span in spans])
     assert 0 < whole.robust.sum() < whole.correct.sum()
-    np.testing.assert_equal(facts(split), facts(whole))
+    assert_same(split, whole, (*VERDICTS, *EXAMPLES))
 
 
 # On disk
