@@ -58,40 +58,45 @@ def run(
         UsageError: the request is wrong; nothing was written.
         RobenchError: a training or an attack failed; the reports hold all the rest.
     """
-    if not isinstance(spec, RunSpec | Mapping):
-        return complete(spec, Reporter(quiet=quiet))
-    spec = spec if isinstance(spec, RunSpec) else RunSpec.create(spec)
-    return Matrix(spec, Reporter(quiet=quiet)).run()
+    if isinstance(spec, RunSpec | Mapping):
+        spec = [spec if isinstance(spec, RunSpec) else RunSpec.create(spec)]
+    reporter = Reporter(quiet=quiet)
+    return complete(spec, reporter, Matrix(spec[0], reporter) if len(spec) == 1 else None)
 
 
-def complete(specs: Sequence[RunSpec], reporter: Reporter, only: Matrix | None = None) -> Results:
+def complete(specs: Sequence[RunSpec], reporter: Reporter, only: Matrix | None) -> Results:
     """Do all that is left of the requests, and write the reports of all of them.
 
     only: the matrix of the one request there is. Of several, one data set at a time is in memory.
     """
-    def opened(spec: RunSpec) -> Matrix:
-        return only or Matrix(spec, reporter)
+    failures: list[str] = []
 
-    plans, tasks, sayings = [], list[Task](), []
-    for index, spec in enumerate(specs):  # everything that is wrong is found here
-        matrix = opened(spec)
-        plans.append(matrix.plan())
-        tasks += matrix.tasks(*plans[-1], run=index)
-        sayings.append(matrix.summary(*plans[-1]))
-    out, results, failures = specs[0].out, Results(), list[str]()
+    def planned(index: int) -> tuple[list[Cell], list[Cell], list[Task], str]:
+        matrix = only or Matrix(specs[index], reporter)
+        cells, rows = matrix.plan()
+        return cells, rows, matrix.tasks(cells, rows, run=index), matrix.summary(cells, rows)
+
+    def collected(index: int, cells: Sequence[Cell], rows: Sequence[Cell]) -> tuple[Results, int]:
+        matrix = only or Matrix(specs[index], reporter)
+        results = matrix.collect(cells, rows)
+        where = f"{matrix.dataset.name} {matrix.spec.model}: " if only is None else ""
+        failures.extend(where + failure for failure in matrix.failures)
+        return results, matrix.measured
+
+    plans = [planned(index) for index in range(len(specs))]  # all that is wrong is found here
+    tasks = [task for plan in plans for task in plan[2]]
+    out, results = specs[0].out, Results()
     with locked(out), using(specs[0]):
-        for saying in sayings:
+        for *_, saying in plans:
             reporter.say(saying)
         measured = work_ahead(Request(tuple(specs)), tasks, reporter)
-        for spec, (cells, rows) in zip(specs, plans, strict=True):
-            matrix = opened(spec)
-            found = matrix.collect(cells, rows)
-            results = Results([*results.records, *found.records],
-                              [*results.transfers, *found.transfers],
-                              [*results.epochs, *found.epochs])
-            measured, failures = measured + matrix.measured, failures + matrix.failures
-        results = anchored(replace(results, records=judged(results.records, results.transfers)),
-                           out)
+        for index, (cells, rows, *_) in enumerate(plans):
+            found, made = collected(index, cells, rows)
+            measured += made
+            results = Results(results.records + found.records,
+                              results.transfers + found.transfers, results.epochs + found.epochs)
+        results = replace(results, records=judged(results.records, results.transfers))
+        results = anchored(results, out)
         render(results, out)
     if not measured and all(task.done for task in tasks if task.kind == "train"):
         reporter.say("nothing to do: every training and every measurement is there already; "

@@ -127,13 +127,13 @@ class Part:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
                 numbers = {name: kept[name].item() for name in _NUMBERS}
-                texts = {name: tuple(str(text) for text in kept[name]) for name in _TEXT}
+                stages, notes = (tuple(str(text) for text in kept[name]) for name in _TEXT)
                 examples = None
                 if "image" in kept:
                     examples = torch.from_numpy(kept["image"]), torch.from_numpy(kept["x_adv"])
                 part = cls(predicted=kept["predicted"], prepared=str(kept["prepared"]),
                            breaker=kept["breaker"] if "breaker" in kept else None,
-                           examples=examples, **numbers, **texts)
+                           examples=examples, stages=stages, notes=notes, **numbers)
                 facts: dict[str, Any] = json.loads(str(kept["facts"]))
         except Exception:  # damaged bytes may raise anything in a parser
             return None  # the file only saves time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,7 +45,7 @@ class Plan:
             threat, attacks = request(spec)
             test = min(SMOKE_IMAGES if spec.smoke else spec.limit or data.test, data.test)
             known = Earlier(spec, kept, device.type, threat, data.train, data.classes, test,
-                            lambda n, name=data.name: kept.hashes(name, n))
+                            partial(kept.hashes, data.name))
             made, wanted = plan_cells(spec, data, None)
             tasks += graph(made, wanted, attacks, threat, test, share_of(spec, device), known, run)
             cells += [(run, cell) for cell in made]
@@ -99,8 +100,13 @@ class Plan:
             + (f"{memory / 2**30:.1f} GiB at the peak of earlier ones" if memory
                else "memory unknown"),
             f"total: {_time(self.tasks)}",
-            f"longest chain: {_time(chain)} ({' -> '.join(_steps(chain))})",
+            f"longest chain: {_time(chain)} ({self._where(chain)}{' -> '.join(_steps(chain))})",
         ]
+
+    def _where(self, chain: Sequence[Task]) -> str:
+        """Which of several requests it is of."""
+        spec = self.specs[chain[0].run]
+        return f"{spec.dataset} {spec.model or ''}: " if len(self.specs) > 1 else ""
 
     def _remarks(self) -> list[str]:
         seen = {data.name: data for data in self.outlines}
