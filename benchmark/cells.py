@@ -19,7 +19,8 @@ from robench.benchmark.checkpoints import CellFolder, Header, load_checkpoint, w
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Dataset, hold_out
 from robench.benchmark.logs import Run, Several, TrainingCsv, find_watcher, start_watcher
-from robench.benchmark.models import source_hash
+from robench.benchmark.models import MODELS, source_hash
+from robench.benchmark.outline import Outline
 from robench.benchmark.probe import advice
 from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update, relayed
 from robench.benchmark.recipe import (
@@ -70,8 +71,17 @@ class Cell:
     @property
     def others(self) -> tuple[str, ...]:
         """The checkpoints that are kept and measured, but are no rows of the leaderboard."""
-        partners = tuple(name for name in self.defense.trained if name != "student")
-        return self.spec.train.unranked + partners
+        return self.spec.train.unranked + self.partners
+
+    @property
+    def partners(self) -> tuple[str, ...]:
+        """The networks that are trained with the student."""
+        return tuple(name for name in self.defense.trained if name != "student")
+
+    @property
+    def crossed(self) -> bool:
+        """Whether there are networks for the Rob_f analysis."""
+        return bool(self.partners or self.teachers)
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -136,16 +146,20 @@ class Result:
         }
 
 
-def plan(spec: RunSpec, dataset: Dataset, teacher: Network | None) -> tuple[list[Cell], list[Cell]]:
+def plan(
+    spec: RunSpec, data: Dataset | Outline, teacher: Network | None
+) -> tuple[list[Cell], list[Cell]]:
     """(cells to train in order, teachers first; those among them that are rows).
 
+    Of an outline the networks are not tried, and their keys depend on a hash that may be missing.
     Raises UsageError for unknown names and for settings that the recipe does not have.
     """
     if spec.devices > 1:
         check_devices(spec.devices, pick_device(spec.device))
-    planner = _Planner(spec, dataset, teacher)
-    baselines = _expand(spec.baselines, spec.recipe, dataset.name)
-    names = list(dict.fromkeys([*baselines, *_expand(spec.defenses, spec.recipe, dataset.name)]))
+    data = Outline.of(data) if isinstance(data, Dataset) else data
+    planner = _Planner(spec, data, teacher)
+    baselines = _expand(spec.baselines, spec.recipe, data.name)
+    names = list(dict.fromkeys([*baselines, *_expand(spec.defenses, spec.recipe, data.name)]))
     if not names:
         raise UsageError("name at least one --defense")
     for name in spec.options:
@@ -167,9 +181,8 @@ def _expand(names: tuple[str, ...], recipe: str, dataset: str) -> list[str]:
 
 
 class _Planner:
-    def __init__(self, spec: RunSpec, dataset: Dataset, teacher: Network | None) -> None:
-        self.spec, self.dataset, self.teacher = spec, dataset, teacher
-        self.data_sha256 = dataset.train.sha256()
+    def __init__(self, spec: RunSpec, data: Outline, teacher: Network | None) -> None:
+        self.spec, self.data, self.teacher = spec, data, teacher
         self.cells: dict[str, Cell] = {}
         self.code: dict[ModelSpec, str] = {}  # of the networks that were built and tried
 
@@ -180,9 +193,9 @@ class _Planner:
 
         recipe: in the place of the run's.
         """
-        spec, dataset = self.spec, self.dataset
+        spec, data = self.spec, self.data
         recipe = recipe or spec.recipe
-        settings = settings_for(recipe, name, dataset.name)
+        settings = settings_for(recipe, name, data.name)
         model = settings.model
         if isinstance(model, str):
             model = ModelSpec(name=model)
@@ -191,8 +204,8 @@ class _Planner:
         if model is None:
             raise UsageError(f"recipe {recipe!r} names no model for {name!r}: add --model")
         # A method's official code trains at its own eps; the evaluation is at the run's.
-        released = load_recipe(recipe).method_threat(name, dataset.name)
-        threat = ThreatModel.parse(released or spec.threat or default_threat(dataset.name))
+        released = load_recipe(recipe).method_threat(name, data.name)
+        threat = ThreatModel.parse(released or spec.threat or default_threat(data.name))
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
         if not spec.smoke and not defense.begun(Moment(train.epochs - 1, train.epochs)):
@@ -206,34 +219,20 @@ class _Planner:
             for role, taught_by in defense.given.items()
         }
         header = Header(
-            model=model,
-            classes=len(dataset.classes),
-            channels=dataset.channels,
-            size=dataset.size,
-            dataset=dataset.name,
-            defense=name,
-            recipe=recipe,
-            seed=seed,
-            checkpoint="",
-            epoch=-1,
+            model=model, classes=data.classes, channels=data.channels, size=data.size,
+            dataset=data.name, defense=name, recipe=recipe, seed=seed, checkpoint="", epoch=-1,
             selection=selection_of(train),
         )
         cell_spec = CellSpec(
-            dataset=dataset.name,
-            data_sha256=self.data_sha256,
-            model=model,
-            defense=name,
-            options=options_of(defense),
-            threat=str(threat),
-            recipe=recipe,
-            train=train,
+            dataset=data.name, data_sha256=data.train_sha256, model=model, defense=name,
+            options=options_of(defense), threat=str(threat), recipe=recipe, train=train,
             train_limit=SMOKE_IMAGES * 2 if spec.smoke else spec.train_limit,
             seed=seed,
             teachers={role: teacher.spec.key() if isinstance(teacher, Cell)
                       else weights_sha256(teacher.net) for role, teacher in teachers.items()},
-            augment=str(dataset.augment),
+            augment=data.augment,
             code=self._try(header),
-            selection_sha256=dataset.test.sha256() if train.select == "test" else "",
+            selection_sha256=data.test_sha256() if train.select == "test" else "",
             notes=(*settings.notes, *(
                 f"its {role} is trained by the recipe {teacher.spec.recipe}"
                 for role, teacher in teachers.items()
@@ -261,7 +260,7 @@ class _Planner:
     def _taught(self, role: str, name: str, taught_by: str, seed: int) -> Cell:
         """The cell of a teacher that nobody brought."""
         recipe = self.spec.recipe
-        if not documented(recipe, taught_by, self.dataset.name):
+        if not documented(recipe, taught_by, self.data.name):
             recipe = "unified"  # official code has such a network from elsewhere
         try:
             return self.cell(taught_by, seed, recipe=recipe)
@@ -273,10 +272,16 @@ class _Planner:
         """Build a network once and look at its logits; returns the hash of a user's source."""
         model = header.model
         if model not in self.code:
+            self.code[model], sample = "", self.data.sample
+            if sample is None and not model.is_foreign:
+                _ = MODELS[model.name]  # raises for an unknown one
+                return ""
             with seeded(0, "try"):
                 net = header.build()
-            check_logits(net, self.dataset.test.x[:2], torch.tensor([header.classes - 1]))
-            self.code[model] = source_hash(net, model.name) if model.is_foreign else ""
+            if sample is not None:
+                check_logits(net, sample, torch.tensor([header.classes - 1]))
+            if model.is_foreign:
+                self.code[model] = source_hash(net, model.name)
         return self.code[model]
 
     def _train_config(self, settings: Settings) -> TrainConfig:
@@ -291,7 +296,7 @@ class _Planner:
                           if settings.train.get(name)}
             if {**settings.train, **overrides}.get("select") == "test":
                 overrides["select"] = "val"  # the test set may be large
-        config, n = train_config(settings, overrides), len(self.dataset.train)
+        config, n = train_config(settings, overrides), self.data.train
         if config.select == "test" and settings.train.get("select") != "test":
             raise UsageError("train.select: test is for recipes that repeat a paper which did so, "
                              f"{self.spec.recipe!r} does not here: use val or last")

@@ -12,6 +12,7 @@ from robench.benchmark.commands.attack import evaluate, parity, verify
 from robench.benchmark.commands.check import baseline, check
 from robench.benchmark.commands.doctor import doctor
 from robench.benchmark.commands.landscape import landscape
+from robench.benchmark.commands.plan import plan
 from robench.benchmark.commands.report import analyze, list_, report
 from robench.benchmark.commands.speed import speed
 from robench.benchmark.commands.survey import corruptions, gallery, steps, transfer
@@ -31,7 +32,7 @@ def cli() -> None:
     """Benchmark adversarial defenses against adversarial attacks on image classifiers."""
 
 
-for _command in (run, evaluate, check, baseline, parity, verify, speed, landscape, gallery,
+for _command in (run, plan, evaluate, check, baseline, parity, verify, speed, landscape, gallery,
                  transfer, steps, corruptions, report, analyze, list_, zoo, doctor):
     cli.add_command(_command)
 

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robench.attacks.base import Attack, Classifier, memory_format
-from robench.attacks.found import Found
-from robench.attacks.found import Progress as SearchProgress
-from robench.attacks.memory import Batches
-from robench.attacks.prepare import clean_logits
+from robench.attacks.base import Attack, Classifier
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
-from robench.attacks.verify import full_precision, verify
-from robench.benchmark.checks import check_finite, check_logits, eps_unit, examine
+from robench.benchmark.checks import eps_unit
 from robench.benchmark.data import Images, check_images
-from robench.benchmark.pieces import found_by
+from robench.benchmark.parts import BATCH as BATCH
+from robench.benchmark.parts import Flags as Flags
+from robench.benchmark.parts import Labels, Part, Progress, attack_part, together
+from robench.benchmark.parts import Target as Target
 from robench.benchmark.spec import DEFAULT_ATTACKS, AttackSpec, check_attacks
 from robench.errors import UsageError
 from robench.files import pack_arrays, write_atomic
-from robench.randomness import seeded
-from robench.reports.trust import Finding, beyond_luck, flag, texts
+from robench.reports.trust import beyond_luck, flag
 from robench.reports.uncertainty import wilson
-
-Flags = npt.NDArray[np.bool_]
-Labels = npt.NDArray[np.int64]
-Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
-BATCH = 500  # images per call of an attack that has no pool
 
 
 @dataclass(frozen=True)
@@ -162,37 +151,6 @@ def evaluate(
     )
 
 
-class Target:
-    """A network and the images it is attacked on; the clean pass is made once."""
-
-    def __init__(self, model: Classifier, data: Images, batch_size: int | None = None) -> None:
-        self.model, self.data, self.batch_size = model, data, batch_size
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.device = data.x.device if parameter is None else parameter.device
-        check_logits(model, self.batch(0, BATCH)[0], data.y)
-        self.clean = torch.cat([check_finite(clean_logits(model, self.batch(i, i + BATCH)[0])).cpu()
-                                for i in range(0, len(data), BATCH)])
-        self.label: Labels = data.y.cpu().numpy()
-        self.predicted: Labels = self.clean.argmax(1).numpy()
-        self.correct: Flags = self.predicted == self.label
-        self.classes = self.clean.shape[1]
-        # The same weights may be used in another way.
-        self.fingerprint = self.clean[:64].amax(1).numpy()
-
-    @cached_property
-    def findings(self) -> list[Finding]:
-        """The checks of the network, made when they are first asked for."""
-        return examine(self.model, *self.batch(0, BATCH))
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return texts(self.findings)
-
-    def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        x = self.data.x[start:stop].contiguous(memory_format=memory_format(self.model))
-        return x.to(self.device), self.data.y[start:stop].to(self.device)
-
-
 def measure(
     target: Target,
     spec: AttackSpec,
@@ -212,137 +170,63 @@ def measure(
     with what is known by then. `keep` returns the examples too. `starts` (N, C, H, W) are
     examples from elsewhere, which attacks of the pool look at first.
     """
-    attack = spec.build(threat)
     n = min(spec.limit or len(target.data), len(target.data))
-    if isinstance(attack, Pooled):
-        m = _pooled(target, spec, attack, n, seed, partial, progress, deadline, keep, starts)
-    else:
-        m = _batched(target, spec, attack, threat, n, seed, partial, progress, deadline)
-    return replace(m, notes=(*m.notes, *flag("eps-unit", eps_unit(threat, target.data.x))))
+    part = attack_part(target, spec, threat, (0, n), seed=seed, partial=partial, keep=keep,
+                       progress=progress, deadline=deadline, starts=starts)
+    return merged(target, spec, threat, [part])
 
 
-def _pooled(
-    target: Target, spec: AttackSpec, attack: Pooled, n: int, seed: int, partial: Path | None,
-    progress: Progress, deadline: float | None, keep: bool, starts: Tensor | None,
+def merged(
+    target: Target, spec: AttackSpec, threat: ThreatModel, parts: Sequence[Part]
 ) -> Measurement:
-    """An attack that runs in the pool: its noise belongs to the images, its work is resumable."""
-    correct = target.correct[:n]
-    rows, notes = torch.from_numpy(correct), attack.notes(target.classes)
-    common: dict[str, Any] = {
-        "attack": spec, "config": attack.config(target.classes), "threat": attack.threat,
-        "label": target.label[:n], "clean": target.predicted[:n], "precision": attack.precision,
-    }
-    predicted = target.predicted[:n].copy()
-    if not correct.any():
-        return Measurement(**common, predicted=predicted, seconds=0.0, max_distance=0.0,
-                           violations=0, notes=notes)
-
-    def show(now: SearchProgress) -> None:
-        low, high = wilson(now.standing / n, n)
-        progress(now.done, f"{now.stage}: {now.left} runs left, robust {now.standing}/{n} "
-                 f"({low:.1%} to {high:.1%})")
-
-    data = target.data.take(n).select(rows).to(target.device)
-    found = found_by(attack, target.model, data, target.clean[:n][rows], seed=seed, keep=keep,
-                     slots=target.batch_size, state=partial, deadline=deadline, progress=show,
-                     starts=None if starts is None else starts[:n][rows])
-    predicted[correct] = found.predicted
-    breaker = np.full(n, -1, dtype=np.int8)
-    breaker[correct] = found.fell_to
+    """The measurement of an attack from its parts, which cover the first images without a gap."""
+    attack, found = spec.build(threat), together(parts)
+    n, counted = found.stop, found.forwards >= 0
+    notes = found.notes
+    if isinstance(attack, Pooled):
+        notes = (*attack.notes(target.classes), *notes, *_sentinel(found, target, n),
+                 *_masking(found, n))
     return Measurement(
-        **common,
-        predicted=predicted,
-        seconds=sum(found.seconds),
-        max_distance=float(found.distance.max()),
+        attack=spec,
+        config=attack_config(attack, target.classes),
+        threat=attack.threat if isinstance(attack, Pooled) else threat,
+        label=target.label[:n],
+        clean=target.predicted[:n],
+        predicted=found.predicted,
+        seconds=found.seconds,
+        max_distance=found.max_distance,
         violations=found.violations,
-        notes=(*notes, *_sentinel(found, n), *_masking(found, n)),
-        batch_size=found.slots,
-        forwards=found.forwards / len(data),
-        backwards=found.backwards / len(data),
+        notes=(*notes, *flag("eps-unit", eps_unit(threat, target.data.x))),
+        precision=attack.precision if isinstance(attack, Pooled) else "fp32",
+        batch_size=found.batch_size,
+        forwards=found.forwards / found.attacked if counted else None,
+        backwards=found.backwards / found.attacked if counted else None,
         stages=found.stages,
-        breaker=breaker,
+        breaker=found.breaker,
         open=found.open,
         prepared=found.prepared,
-        examples=_examples(found, rows) if keep else None,
+        examples=found.examples,
     )
 
 
-def _examples(found: Found, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of all images fell, by the places of the attacked ones, and their examples."""
-    fell = torch.from_numpy(found.fell_to >= 0)
-    return rows.nonzero().flatten()[fell], found.x_adv.cpu()[fell]
-
-
-def _sentinel(found: Found, n: int) -> list[str]:
-    """What the parts that saw a share of the images say about all that stood before them."""
-    if found.sampled is None or found.open:
+def _sentinel(found: Part, target: Target, n: int) -> list[str]:
+    """What the stages that saw a share of the images say about all that stood before them."""
+    if found.seen < 0 or found.open:
         return []
-    seen, broke = found.sampled
-    stood = int(found.standing.sum()) + broke
+    seen, broke = found.seen, found.broke
+    stood = int((found.predicted == target.label[:n]).sum()) + broke
     low, high = wilson(broke / seen, seen) if seen else (0.0, 1.0)
     return [f"sentinel: FAB-T and Square ran on {seen} of the {stood} images that stood and broke "
             f"{broke}; on all of them robust accuracy would be {stood * (1 - high) / n:.1%} to "
             f"{stood * (1 - low) / n:.1%} (95 % interval)"]
 
 
-def _masking(found: Found, n: int) -> list[str]:
+def _masking(found: Part, n: int) -> list[str]:
     """AutoAttack's own check: random search should find nothing that gradients do not find."""
-    if "square" not in found.stages[1:]:
+    if found.breaker is None or "square" not in found.stages[1:]:
         return []
-    broke = int((found.fell_to == found.stages.index("square")).sum())
+    broke = int((found.breaker == found.stages.index("square")).sum())
     return list(flag("masking", beyond_luck(broke, n)))
-
-
-def _batched(
-    target: Target, spec: AttackSpec, attack: Attack, threat: ThreatModel, n: int, seed: int,
-    partial: Path | None, progress: Progress, deadline: float | None,
-) -> Measurement:
-    """An attack from elsewhere, batch by batch. The noise of a batch depends on (seed, attack,
-    first image of the batch) and on nothing that ran before."""
-    size = target.batch_size or BATCH
-    label, clean = target.label[:n], target.predicted[:n]
-    kept = _load_partial(partial, clean, target.fingerprint, size)
-    done, predicted, seconds, farthest, violations, notes = kept
-    batches = Batches(size)
-    for start in range(done, n, size):
-        if deadline is not None and time.monotonic() >= deadline:
-            break
-        done = min(start + size, n)
-        began = time.perf_counter()
-        x, y = target.batch(start, done)
-        todo = torch.from_numpy(target.correct[start:done]).to(target.device)
-        if bool(todo.any()):
-            x, y = x[todo], y[todo]
-            # In TF32 an attack would stop at examples that fp32 does not confirm.
-            with seeded(seed, "attack", spec.label, start), full_precision():
-                x_adv = batches(lambda x, y: attack(target.model, x, y), x, y)
-            notes += [note for note in getattr(attack, "notes", ()) if note not in notes]
-            verdict = verify(target.model, x, x_adv, y, threat)
-            fell = torch.where(verdict.fooled, verdict.predicted, y)
-            predicted[start:done][todo.cpu().numpy()] = fell.cpu().numpy()
-            violations += int(verdict.outside.sum())
-            if bool(verdict.fooled.any()):
-                farthest = max(farthest, float(verdict.distance[verdict.fooled].max()))
-        seconds += time.perf_counter() - began
-        _save_partial(partial, done=done, predicted=predicted, seconds=seconds, farthest=farthest,
-                      violations=violations, batch_size=size, fingerprint=target.fingerprint,
-                      notes=np.array(notes, dtype=str))
-        progress(done / n, f"robust {int((predicted == label)[:done].sum())}/{done}")
-    if batches.halved:
-        notes.append(f"memory: only {batches.size} images at a time fitted; what this attack draws "
-                     "at random depends on it")
-    return Measurement(
-        attack=spec,
-        config=attack_config(attack, target.classes),
-        threat=threat,
-        label=label, clean=clean, predicted=predicted,
-        seconds=seconds,
-        max_distance=farthest,
-        violations=violations,
-        notes=tuple(notes),
-        batch_size=size,
-        open=int((predicted == label)[done:].sum()),
-    )
 
 
 def attack_config(attack: Attack, classes: int) -> dict[str, Any]:
@@ -374,26 +258,3 @@ def save_flags(path: Path, measurement: Measurement, classes: Sequence[str] = ()
         "correct": m.correct, "robust": m.robust,
         **{name: array.astype(small) for name, array in labels.items()}, **parts, **names,
     }))
-
-
-def _load_partial(
-    path: Path | None, clean: Labels, fingerprint: npt.NDArray[Any], batch_size: int
-) -> tuple[int, Labels, float, float, int, list[str]]:
-    """(images done, predictions, seconds, largest distance, violations, notes) so far."""
-    if path is not None and path.exists():
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
-                same = np.allclose(kept["fingerprint"], fingerprint, rtol=1e-3, atol=1e-3)
-                if same and (len(kept["predicted"]), int(kept["batch_size"])) == (
-                        len(clean), batch_size):
-                    return (int(kept["done"]), kept["predicted"].copy(), float(kept["seconds"]),
-                            float(kept["farthest"]), int(kept["violations"]),
-                            [str(note) for note in kept["notes"]])
-        except Exception:  # damaged bytes may raise anything in a parser
-            pass  # a file of finished batches only saves time: start over
-    return 0, clean.copy(), 0.0, 0.0, 0, []
-
-
-def _save_partial(path: Path | None, **state: Any) -> None:
-    if path is not None:
-        write_atomic(path, pack_arrays(state))

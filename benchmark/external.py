@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images
 from robench.benchmark.examples import Examples
-from robench.benchmark.matrix import Matrix, Pair, Subject
+from robench.benchmark.executors import Request, using, work_ahead
+from robench.benchmark.graph import Estimate, Task, attack_tasks, pairs
+from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import RunSpec
@@ -35,17 +38,16 @@ def evaluate_external(
     at first: a quick check of a later version of a model, labeled in every table. Raises like
     `run`, and Partial.
     """
-    matrix = Matrix(spec, Reporter(quiet=quiet))
-    matrix.deadline = None if budget is None else time.monotonic() + budget
-    if replay is not None:
-        matrix.check_pooled("replays no examples")
-        matrix.starts = Examples.load(replay).starts(matrix.test)
-        matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
-    networks = [load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo,
-                             reporter=matrix.reporter)
-                for source in dict.fromkeys(sources)]
-    with locked(spec.out):
-        results = _evaluated(matrix, networks)
+    sources = tuple(dict.fromkeys(sources))
+    end = None if budget is None else time.time() + budget
+    request = Request((spec,), sources, zoo, replay, end)
+    matrix = opened(request, 0, Reporter(quiet=quiet))
+    subjects = [outside(matrix, load_network(source, matrix.dataset, matrix.threat,
+                                             model=spec.model, zoo=zoo,
+                                             reporter=matrix.reporter)) for source in sources]
+    with locked(spec.out), using(spec):
+        work_ahead(request, _tasks(matrix, subjects), matrix.reporter)
+        results = _evaluated(matrix, subjects)
     if matrix.failures:
         raise RobenchError("; ".join(matrix.failures))
     if matrix.partial:
@@ -53,17 +55,46 @@ def evaluate_external(
     return results
 
 
-def _evaluated(matrix: Matrix, networks: list[Network]) -> Results:
+def opened(request: Request, run: int, reporter: Reporter) -> Matrix:
+    """One of the matrices of a request, with what `eval` says about it."""
+    matrix = Matrix(request.specs[run], reporter)
+    if request.end is not None:
+        matrix.deadline = time.monotonic() + request.end - time.time()
+    if request.replay is not None:
+        matrix.check_pooled("replays no examples")
+        matrix.starts = Examples.load(request.replay).starts(matrix.test)
+        matrix.starts_sha256 = Images(matrix.starts, matrix.test.y).sha256()
+    return matrix
+
+
+def outside(matrix: Matrix, network: Network) -> Subject:
+    """A network that was not trained in this run. Raises UsageError: it gives no logits."""
+    net = network.net.to(matrix.device)
+    check_logits(net, matrix.probe, matrix.test.y)
+    return Subject(net, matrix.spec.out / "eval", network.source, _facts(network), matrix.probe,
+                   flag("eval-mode", network.in_train_mode))  # of the network as it came
+
+
+def _tasks(matrix: Matrix, subjects: Sequence[Subject]) -> list[Task]:
+    seed, share = matrix.spec.seeds[0], matrix.share
+    return [
+        task for subject in subjects
+        for index, pair in enumerate(pairs(matrix.attacks, matrix.threat))
+        for task in attack_tasks(
+            f"0/{subject.label}", subject.label,
+            Task("", "attack", "", owner=subject.label, pair=index, threads=share.threads,
+                 gpu=share.gpu, done=matrix.kept(subject, pair, seed) is not None),
+            pair, len(matrix.test), share, Estimate())
+    ]
+
+
+def _evaluated(matrix: Matrix, subjects: Sequence[Subject]) -> Results:
     """The records of the networks, with what was evaluated into the folder before; written."""
     spec, records = matrix.spec, list[Record]()
-    for network in networks:
-        net = network.net.to(matrix.device)
-        check_logits(net, matrix.probe, matrix.test.y)
-        subject = Subject(net, spec.out / "eval", network.source, _facts(network), matrix.probe)
-        pairs: list[Pair] = [(attack, matrix.threat, "table") for attack in matrix.attacks]
-        modes = flag("eval-mode", network.in_train_mode)  # of the network as it came
-        records += [record.model_copy(update={"warnings": (*modes, *record.warnings)})
-                    for record in matrix.attack(subject, pairs, spec.seeds[0])]
+    for subject in subjects:
+        chosen = pairs(matrix.attacks, matrix.threat)
+        records += [record.model_copy(update={"warnings": (*subject.warnings, *record.warnings)})
+                    for record in matrix.attack(subject, chosen, spec.seeds[0])]
     results = anchored(Results(judged(records)), spec.out)
     if (spec.out / RECORDS).exists():
         earlier = load([spec.out])

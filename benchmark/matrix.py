@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import robench
-from robench.attacks.base import frozen
 from robench.attacks.search import Pooled
-from robench.attacks.threat import ThreatModel
 from robench.attacks.union import Union, joint
-from robench.attacks.verify import full_precision
-from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, selection_of, train
-from robench.benchmark.checkpoints import Header, read_header, weights_sha256
+from robench.benchmark import facts
+from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
+from robench.benchmark.checkpoints import read_header
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import load_dataset
-from robench.benchmark.evaluate import BATCH, Target, attack_config, measure, save_flags
+from robench.benchmark.earlier import Earlier, Kept
+from robench.benchmark.evaluate import BATCH, Measurement, Target, measure, merged, save_flags
 from robench.benchmark.examples import Examples
-from robench.benchmark.kept import discard, kept_record, kept_transfers
+from robench.benchmark.executors import Request, check_executor, share_of, using, work_ahead
+from robench.benchmark.facts import Subject as Subject
+from robench.benchmark.graph import Pair, Task, cell_pairs, graph, request
+from robench.benchmark.kept import (
+    Place,
+    alike,
+    discard,
+    kept_record,
+    kept_transfers,
+    shard_path,
+    transfers_path,
+)
+from robench.benchmark.parts import Part, attack_part
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment, peak_bytes
-from robench.benchmark.recipe import default_threat
 from robench.benchmark.sources import Network, load_network, pick_device
-from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, digest
-from robench.benchmark.transfer import crafting, rob_f
+from robench.benchmark.spec import AttackSpec, RunSpec
+from robench.benchmark.transfer import rob_f
 from robench.defenses.trainer import TrainingFailed
 from robench.errors import DiskError, RobenchError, UsageError, one_line
 from robench.files import locked, write_atomic
@@ -38,46 +46,64 @@ from robench.reports.judge import judged
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results, anchored
 
-CURVE = AttackSpec(name="pgd-20", limit=1000)  # for the figure of accuracy over eps
-CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-UNRANKED = AttackSpec(name="pgd-20")
 
-
-def run(spec: RunSpec | Mapping[str, Any], *, quiet: bool = True) -> Results:
+def run(
+    spec: RunSpec | Mapping[str, Any] | Sequence[RunSpec], *, quiet: bool = True
+) -> Results:
     """Run a matrix and write its reports to `spec.out`. Finished parts are not run again.
+
+    Several specs, of other data sets or models, are one run into the folder of the first.
 
     Raises:
         UsageError: the request is wrong; nothing was written.
         RobenchError: a training or an attack failed; the reports hold all the rest.
     """
-    spec = spec if isinstance(spec, RunSpec) else RunSpec.create(spec)
-    return Matrix(spec, Reporter(quiet=quiet)).run()
+    if isinstance(spec, RunSpec | Mapping):
+        spec = [spec if isinstance(spec, RunSpec) else RunSpec.create(spec)]
+    reporter = Reporter(quiet=quiet)
+    return complete(spec, reporter, Matrix(spec[0], reporter) if len(spec) == 1 else None)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A network under attack, and the part of its records that does not change."""
+def complete(specs: Sequence[RunSpec], reporter: Reporter, only: Matrix | None) -> Results:
+    """Do all that is left of the requests, and write the reports of all of them.
 
-    net: nn.Module
-    folder: Path  # where its measurements are kept
-    label: str
-    facts: dict[str, Any]
+    only: the matrix of the one request there is. Of several, one data set at a time is in memory.
+    """
+    failures: list[str] = []
 
-    images: Tensor  # (8, C, H, W) for the fingerprint
+    def planned(index: int) -> tuple[list[Cell], list[Cell], list[Task], str]:
+        matrix = only or Matrix(specs[index], reporter)
+        cells, rows = matrix.plan()
+        return cells, rows, matrix.tasks(cells, rows, run=index), matrix.summary(cells, rows)
 
-    @cached_property
-    def weights(self) -> str:
-        return weights_sha256(self.net)
+    def collected(index: int, cells: Sequence[Cell], rows: Sequence[Cell]) -> tuple[Results, int]:
+        matrix = only or Matrix(specs[index], reporter)
+        results = matrix.collect(cells, rows)
+        where = f"{matrix.dataset.name} {matrix.spec.model}: " if only is None else ""
+        failures.extend(where + failure for failure in matrix.failures)
+        return results, matrix.measured
 
-    @cached_property
-    def fingerprint(self) -> tuple[float, ...]:
-        """The largest logit of each image: the same weights may be used in another way."""
-        with torch.no_grad(), frozen(self.net), full_precision():
-            top = self.net(self.images).amax(1)
-        return tuple(float(f"{value:.6g}") for value in top.tolist())
-
-
-Pair = tuple[AttackSpec, ThreatModel, Literal["table", "curve"]]
+    plans = [planned(index) for index in range(len(specs))]  # all that is wrong is found here
+    tasks = [task for plan in plans for task in plan[2]]
+    out, results = specs[0].out, Results()
+    with locked(out), using(specs[0]):
+        for *_, saying in plans:
+            reporter.say(saying)
+        measured = work_ahead(Request(tuple(specs)), tasks, reporter)
+        for index, (cells, rows, *_) in enumerate(plans):
+            found, made = collected(index, cells, rows)
+            measured += made
+            results = Results(results.records + found.records,
+                              results.transfers + found.transfers, results.epochs + found.epochs)
+        results = replace(results, records=judged(results.records, results.transfers))
+        results = anchored(results, out)
+        render(results, out)
+    if not measured and all(task.done for task in tasks if task.kind == "train"):
+        reporter.say("nothing to do: every training and every measurement is there already; "
+                     f"{out}/ holds the reports")
+    if failures:
+        raise RobenchError("; ".join(failures))
+    return results
 
 
 class Matrix:
@@ -85,10 +111,9 @@ class Matrix:
 
     def __init__(self, spec: RunSpec, reporter: Reporter) -> None:
         self.spec, self.reporter = spec, reporter
+        check_executor(spec)
         self.device = pick_device(spec.device)
-        self.threat = ThreatModel.parse(spec.threat or default_threat(spec.dataset))
-        self.attacks = tuple(attack.at(spec.precision) for attack in spec.attacks)
-        check_attacks(self.attacks, self.threat)
+        self.threat, self.attacks = request(spec)
         if spec.keep_examples:
             self.check_pooled("keeps no examples")
         self.dataset = load_dataset(
@@ -97,6 +122,7 @@ class Matrix:
         limit = SMOKE_IMAGES if spec.smoke else spec.limit
         self.test = self.dataset.test.take(limit).fitted().checked(len(self.dataset.classes))
         self.probe = self.test.x[:8].to(self.device)
+        self.share = share_of(spec, self.device)
         self.test_sha256: dict[int, str] = {}
         self.failures: list[str] = []
         self.partial: list[str] = []
@@ -104,6 +130,8 @@ class Matrix:
         self.starts: Tensor | None = None  # examples that are looked at before every attack
         self.starts_sha256 = ""
         self.measured = 0
+        self._target: tuple[Subject, Target] | None = None
+        self._warned: Subject | None = None
 
     def check_pooled(self, otherwise: str) -> None:
         """Raises UsageError for attacks of other libraries, and under several threat models."""
@@ -115,22 +143,27 @@ class Matrix:
                 raise UsageError(f"{attack.label} has several threat models: it {otherwise}")
 
     def run(self) -> Results:
-        cells, rows = self.plan()
-        with locked(self.spec.out):
-            return self._run(cells, rows)
+        return complete([self.spec], self.reporter, self)
 
-    def _run(self, cells: list[Cell], rows: list[Cell]) -> Results:
-        spec = self.spec
-        todo = [cell for cell in cells if cell.result() is None]
-        self.reporter.say(
-            f"{len(rows)} rows, {len(cells)} trainings ({len(cells) - len(todo)} finished before), "
-            f"{len(spec.attacks)} attacks at {self.threat} on {len(self.test)} images of "
-            f"{spec.dataset}, {self.device}"
-        )
-        if spec.jobs > 1:
-            from robench.benchmark.parallel import work_ahead
+    def plan(self) -> tuple[list[Cell], list[Cell]]:
+        """(cells to train in order, teachers first; those among them that are rows)."""
+        return plan(self.spec, self.dataset, self._teacher())
 
-            self.measured += work_ahead(self, cells, rows)
+    def tasks(self, cells: Sequence[Cell], rows: Sequence[Cell], run: int = 0) -> list[Task]:
+        """All that there is to do, done or not."""
+        known = Earlier(self.spec, Kept.read(self.spec.out), self.device.type, self.threat,
+                        len(self.dataset.train), len(self.dataset.classes), len(self.test),
+                        lambda n: [self.test_hash(n)])
+        return graph(cells, rows, self.attacks, self.threat, len(self.test), self.share, known, run)
+
+    def summary(self, cells: Sequence[Cell], rows: Sequence[Cell]) -> str:
+        finished = sum(cell.result() is not None for cell in cells)
+        return (f"{len(rows)} rows, {len(cells)} trainings ({finished} finished before), "
+                f"{len(self.spec.attacks)} attacks at {self.threat} on {len(self.test)} images of "
+                f"{self.spec.dataset}, {self.device}")
+
+    def collect(self, cells: Sequence[Cell], rows: Sequence[Cell]) -> Results:
+        """Everything that is there, and what is not there made."""
         done: dict[str, Result] = {}
         for cell in cells:
             self._train(cell, done)
@@ -140,25 +173,15 @@ class Matrix:
         for cell in rows:
             result = done.get(cell.spec.key())
             if result is not None:
-                epochs += self._epochs(cell, result)
+                epochs += facts.epochs(cell, result)
                 try:
                     for name in cell.checkpoints:
-                        records += self.records(cell, name)
+                        records += self.attack(self.subject(cell, name), self.pairs(cell, name),
+                                               cell.spec.seed)
                     transfers += self.transfers(cell)
                 except UsageError as error:  # its weights are damaged, or give NaN
                     self.failures.append(f"{cell.label}: {error}")
-        results = anchored(Results(judged(records, transfers), transfers, epochs), spec.out)
-        render(results, spec.out)
-        if not todo and not self.measured:
-            self.reporter.say("nothing to do: every training and every measurement is there "
-                              f"already; {spec.out}/ holds the reports")
-        if self.failures:
-            raise RobenchError("; ".join(self.failures))
-        return results
-
-    def plan(self) -> tuple[list[Cell], list[Cell]]:
-        """(cells to train in order, teachers first; those among them that are rows)."""
-        return plan(self.spec, self.dataset, self._teacher())
+        return Results(records, transfers, epochs)
 
     def _teacher(self) -> Network | None:
         """What --teacher names. --model is the student's, unless the file does not name its own."""
@@ -188,115 +211,118 @@ class Matrix:
     def train(self, cell: Cell) -> Result:
         return train(cell, self.dataset, self.device, self.reporter)
 
-    def records(self, cell: Cell, name: str) -> list[Record]:
-        """All attacks on one checkpoint of a trained cell."""
-        return list(self.attack(*self._subject(cell, name), cell.spec.seed))
+    def pairs(self, cell: Cell, name: str) -> list[Pair]:
+        return cell_pairs(self.attacks, self.threat, ranked=name in cell.ranked)
 
-    def pending(self, cell: Cell, name: str) -> bool:
-        """Whether an attack on this checkpoint is still to be measured."""
-        subject, pairs = self._subject(cell, name)
-        return any(kept_record(path, subject.fingerprint) is None
-                   for *_, path in self._places(subject, pairs, cell.spec.seed))
-
-    def _subject(self, cell: Cell, name: str) -> tuple[Subject, list[Pair]]:
-        ranked = name in cell.ranked
+    def subject(self, cell: Cell, name: str) -> Subject:
+        """One checkpoint of a trained cell."""
         net, header = cell.network(name, self.device)
-        subject = Subject(net, cell.folder / "eval", f"{cell.label} {name}",
-                          self._facts(cell, header, net, ranked), self.probe)
-        attacks = self.attacks if ranked else (UNRANKED,)
-        pairs: list[Pair] = [(attack, self.threat, "table") for attack in attacks]
-        if ranked:
-            pairs += [(CURVE, self.threat.scaled(factor), "curve") for factor in CURVE_FACTORS
-                      if self.threat.norm != "Linf" or self.threat.eps * factor <= 1]
-        return subject, pairs
+        known = facts.cell_facts(cell, header, cell.teacher_networks(self.device),
+                                 ranked=name in cell.ranked)
+        return Subject(net, cell.folder / "eval", f"{cell.label} {name}", known, self.probe)
 
-    def _facts(
-        self, cell: Cell, header: Header, net: nn.Module, ranked: bool
-    ) -> dict[str, Any]:
-        spec, result = cell.spec, cell.result()
-        assert result is not None, "records are of trained cells"
-        return {
-            "run": spec.key(),
-            "seed": spec.seed,
-            "model": str(spec.model),
-            "source": "trained",
-            "defense": spec.defense,
-            "defense_config": spec.config,
-            "recipe": spec.recipe,
-            "epochs": spec.train.epochs,
-            "train_seconds": result.seconds,
-            "teacher_seconds": cell.teacher_seconds(),
-            **result.overfitting(header.checkpoint),
-            "selection": selection_of(spec.train),
-            "checkpoint": header.checkpoint,
-            "epoch": header.epoch,
-            "ranked": ranked,
-            "baseline": cell.baseline,
-            "teacher_sha256": {name: weights_sha256(teacher) for name, teacher
-                               in cell.teacher_networks(self.device).items()},
-            "notes": spec.notes,
-        }
+    def place(self, subject: Subject, seed: int) -> Place:
+        return Place(subject.folder, subject.weights, subject.facts["source"],
+                     subject.facts["model"], len(self.dataset.classes), seed,
+                     self.spec.batch_size, self.starts_sha256)
 
-    def _places(
-        self, subject: Subject, pairs: list[Pair], seed: int
-    ) -> Iterator[tuple[AttackSpec, ThreatModel, str, Path]]:
-        """Each attack with the file of its record, named by everything the outcome depends on."""
-        for spec, threat, role in pairs:
-            n = min(spec.limit or len(self.test), len(self.test))
-            attack = spec.build(threat)
-            # Outside the pool, noise is drawn per batch.
-            size = None if isinstance(attack, Pooled) else self.spec.batch_size or BATCH
-            identity = {
-                "weights": subject.weights,
-                "network": [subject.facts["source"], subject.facts["model"]],
-                "attack": spec.model_dump(mode="json"),
-                # defaults and versions included
-                "config": attack_config(attack, len(self.dataset.classes)),
-                "batch_size": size,
-                "seed": seed,
-                "threat": str(threat),
-                "data": self._test_hash(n),
-                # An upgrade may mend an attack of ours; a library's version is in its options.
-                **({"robench": robench.__version__} if size is None else {}),
-                **({"starts": self.starts_sha256} if self.starts is not None else {}),
-            }
-            path = subject.folder / f"{spec.slug}-{digest(identity)}.json"
-            yield spec, threat, role, path
+    def images(self, spec: AttackSpec) -> int:
+        """How many are attacked."""
+        return min(spec.limit or len(self.test), len(self.test))
 
-    def attack(self, subject: Subject, pairs: list[Pair], seed: int) -> Iterator[Record]:
+    def path(self, subject: Subject, pair: Pair, seed: int) -> Path:
+        """The file of an attack's record."""
+        spec, threat, _ = pair
+        return self.place(subject, seed).record(spec, threat, self.test_hash(self.images(spec)))
+
+    def kept(self, subject: Subject, pair: Pair, seed: int) -> Record | None:
+        """The record of an earlier run, with its examples where they are wanted."""
+        path = self.path(subject, pair, seed)
+        if self.spec.keep_examples and not path.with_suffix(".safetensors").exists():
+            return None
+        return kept_record(path, subject.fingerprint)
+
+    def attack(self, subject: Subject, chosen: Sequence[Pair], seed: int) -> Iterator[Record]:
         """Records of the attacks on a network, measured or taken from an earlier run."""
-        target: Target | None = None
-        for spec, threat, role, path in self._places(subject, pairs, seed):
-            facts = {**subject.facts, "role": role}
-            record = kept_record(path, subject.fingerprint)
-            if self.spec.keep_examples and not path.with_suffix(".safetensors").exists():
-                record = None
+        for pair in chosen:
+            known = {**subject.facts, "role": pair[2]}
+            record = self.kept(subject, pair, seed)
             if record is not None:
-                record = record.model_copy(update=facts)
+                yield record.model_copy(update=known)
             else:
-                if target is None:
-                    target = Target(subject.net, self.test, self.spec.batch_size)
-                    for warning in target.warnings:
-                        self.reporter.warn(f"{subject.label}: {warning}")
-                record = self._measure(subject, target, spec, threat, path, seed, facts)
-            yield record
+                yield self._measure(subject, pair, seed, known)
+
+    def shard(self, subject: Subject, pair: Pair, seed: int, span: tuple[int, int]) -> None:
+        """Make a shard of an attack, if neither it nor the whole is there."""
+        if self.kept(subject, pair, seed) is None:
+            self._part(subject, pair, seed, span)
+
+    def target(self, subject: Subject) -> Target:
+        """The network on the test images; the last one is kept."""
+        if self._target is None or self._target[0] is not subject:
+            self._target = subject, Target(subject.net, self.test, self.spec.batch_size)
+        return self._target[1]
+
+    def _part(
+        self, subject: Subject, pair: Pair, seed: int, span: tuple[int, int]
+    ) -> tuple[Part, dict[str, Any]]:
+        """A shard, measured or taken from an earlier run, with the machine it was made on."""
+        (spec, threat, _), file = pair, shard_path(self.path(subject, pair, seed), span)
+        kept = Part.load(file, span)
+        if kept is not None and alike(tuple(kept[1].pop("fingerprint")), subject.fingerprint) and (
+                kept[0].examples is not None or not self.spec.keep_examples):
+            return kept
+        self.measured += 1
+        target, partial = self.target(subject), file.with_suffix(".partial")
+        label = f"{subject.label}: {spec.label} at {threat}, images {span[0]} to {span[1] - 1}"
+        with self.reporter.task(label) as update:
+            part = attack_part(target, spec, threat, span, seed=seed, partial=partial,
+                               progress=update, deadline=self.deadline, starts=self.starts,
+                               keep=self.spec.keep_examples)
+        made = environment(self.device)
+        if not part.open:
+            part.save(file, {**made, "fingerprint": subject.fingerprint})
+            partial.unlink(missing_ok=True)
+        return part, made
+
+    def _made(
+        self, subject: Subject, target: Target, pair: Pair, seed: int
+    ) -> tuple[Measurement, dict[str, Any]]:
+        """The measurement of an attack, whole or from its shards, and where it was made."""
+        spec, threat, _ = pair
+        spans = self.share.spans(spec, threat, len(self.test))
+        if len(spans) > 1:
+            parts = [self._part(subject, pair, seed, span) for span in spans]
+            made = dict(parts[0][1])  # of one kind of machine and number of threads
+            for name in ("created", "peak_bytes"):
+                made[name] = max(machine[name] for _, machine in parts)
+            return merged(target, spec, threat, [part for part, _ in parts]), made
+        self.measured += 1
+        with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
+            m = measure(target, spec, threat, seed=seed,
+                        partial=self.path(subject, pair, seed).with_suffix(".partial"),
+                        progress=update, deadline=self.deadline, keep=self.spec.keep_examples,
+                        starts=self.starts)
+        return m, {"peak_bytes": peak_bytes(self.device)}
 
     def _measure(
-        self, subject: Subject, target: Target, spec: AttackSpec, threat: ThreatModel,
-        path: Path, seed: int, facts: dict[str, Any],
+        self, subject: Subject, pair: Pair, seed: int, known: dict[str, Any]
     ) -> Record:
-        self.measured += 1
+        (spec, threat, _), path = pair, self.path(subject, pair, seed)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        n = min(spec.limit or len(self.test), len(self.test))
-        flags, partial = path.with_suffix(".npz"), path.with_suffix(".partial")
+        target, n, flags = self.target(subject), self.images(spec), path.with_suffix(".npz")
+        if self._warned is not subject:
+            self._warned = subject
+            for warning in target.warnings:
+                self.reporter.warn(f"{subject.label}: {warning}")
         known = {
-            **facts,
+            **known,
             **environment(self.device),
             "dataset": self.dataset.name,
             "split": "test",
             "n": n,
-            "data_sha256": self._test_hash(n),
+            "data_sha256": self.test_hash(n),
             "classes": len(self.dataset.classes),
             "parameters": sum(p.numel() for p in subject.net.parameters()),
             "weights_sha256": subject.weights,
@@ -307,10 +333,7 @@ class Matrix:
             "n_correct": int(target.correct[:n].sum()),
         }
         try:
-            with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
-                m = measure(target, spec, threat, seed=seed, partial=partial, progress=update,
-                            deadline=self.deadline, keep=self.spec.keep_examples,
-                            starts=self.starts)
+            m, made = self._made(subject, target, pair, seed)
         except DiskError:  # nothing could be kept from here on
             raise
         except Exception as error:  # third-party attacks raise whatever they like
@@ -319,9 +342,8 @@ class Matrix:
             return Record(**known, attack_config={}, n_robust=0, seconds=0, max_distance=0,
                           precision="fp32", batch_size=0, violations=0, warnings=target.warnings,
                           status="failed", error=reason)
-        known["peak_bytes"] = peak_bytes(self.device)
         record = Record(
-            **known,
+            **{**known, **made},
             attack_config=m.config,
             n_robust=int(m.robust.sum()),
             n_open=m.open,
@@ -340,62 +362,35 @@ class Matrix:
         )
         save_flags(flags, m, self.dataset.classes)
         if m.examples is not None:
-            kept = Examples(*m.examples, str(threat), self._test_hash(n))
+            kept = Examples(*m.examples, str(threat), self.test_hash(n))
             kept.save(flags.with_suffix(".safetensors"))
-        if m.open:  # what has ended is in `partial`: the next run goes on there
+        if m.open:  # what has ended is in `.partial`: the next run goes on there
             self.partial.append(f"{subject.label}, {spec.label}: {m.open} of {n} images are open")
             return record
         write_atomic(path, record.model_dump_json(indent=1) + "\n")
-        discard(partial)
+        discard(path)
         return record
 
-    def _test_hash(self, n: int) -> str:
+    def test_hash(self, n: int) -> str:
         if n not in self.test_sha256:
             self.test_sha256[n] = self.test.take(n).sha256()
         return self.test_sha256[n]
 
     def transfers(self, cell: Cell) -> list[Transfer]:
         """The Rob_f rows of a cell with a peer or a teacher; none for the others."""
-        partners = [name for name in cell.defense.trained if name != "student"]
-        if not partners and not cell.teachers:
+        if not cell.crossed:
             return []
-        spec, student = cell.spec, cell.ranked[0]
-        ascent = crafting(self.threat)
-        config = {"steps": ascent.steps, "step_size": ascent.step_size, "start": ascent.start}
-        identity = {"threat": str(self.threat), "data": self._test_hash(len(self.test)), **config}
-        path = cell.folder / "eval" / f"rob_f-{digest(identity)}.json"
+        n = len(self.test)
+        path = transfers_path(cell.folder, self.threat, self.test_hash(n))
         rows = kept_transfers(path)
         if rows is None:
             self.measured += 1
-            nets = {name: cell.network(name, self.device)[0] for name in partners}
+            nets = {name: cell.network(name, self.device)[0] for name in cell.partners}
             nets |= cell.teacher_networks(self.device)
-            nets["student"] = cell.network(student, self.device)[0]
+            nets["student"] = cell.network(cell.ranked[0], self.device)[0]
             with self.reporter.task(f"{cell.label}: Rob_f of {', '.join(nets)}"):
-                measured = rob_f(nets, self.test, self.threat, seed=spec.seed,
+                measured = rob_f(nets, self.test, self.threat, seed=cell.spec.seed,
                                  batch_size=self.spec.batch_size or BATCH)
-            rows = [
-                Transfer(
-                    run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
-                    defense=spec.defense, recipe=spec.recipe, checkpoint=student, network=name,
-                    attack=f"pgd-{ascent.steps}", attack_config=config, threat=str(self.threat),
-                    n=len(self.test), data_sha256=self._test_hash(len(self.test)),
-                    clean=row.clean, self_crafted=row.self_crafted,
-                    student_crafted=row.student_crafted, student_robust=row.student_robust,
-                )
-                for name, row in measured.items()
-            ]
+            rows = facts.transfers(cell, measured, self.threat, n, self.test_hash(n))
             write_atomic(path, "".join(row.model_dump_json() + "\n" for row in rows))
         return rows
-
-    @staticmethod
-    def _epochs(cell: Cell, result: Result) -> list[Epoch]:
-        spec = cell.spec
-        return [
-            Epoch(
-                run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
-                defense=spec.defense, recipe=spec.recipe, epoch=log.epoch, lr=log.lr,
-                seconds=log.seconds, losses=log.losses, selection=spec.train.select,
-                clean=log.clean, robust=log.robust, averages=log.averages, rob_f=log.rob_f,
-            )
-            for log in result.history
-        ]

@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +23,18 @@ from robench.defenses.trainer import EpochLog, Watcher
 QUIET_SECONDS = 15.0  # between two lines of one task where there is no terminal
 Update = Callable[[float, str], None]  # share done in [0, 1], metrics as text
 Message = tuple[str, Any, Any, Any]
+
+
+class Sender(Protocol):
+    """The end of a queue that a worker has."""
+
+    def put(self, message: Message, /) -> None: ...
+
+
+class Receiver(Protocol):
+    """The end of a queue that the command has."""
+
+    def get(self) -> Message: ...
 
 
 class Reporter:
@@ -91,10 +104,11 @@ class Reporter:
         if time.monotonic() - began >= 1:  # what is quick needs no line
             self.say(f"{label}: {time.monotonic() - began:.0f} s  {metrics}")
 
-    def relay(self, messages: Queue[Message]) -> None:
+    def relay(self, messages: Receiver) -> None:
         """Show what Remote reporters send, until a message "end"."""
         tasks: dict[Any, contextlib.ExitStack] = {}
         updates: dict[Any, Update] = {}
+        said = set[str]()
         while (message := messages.get())[0] != "end":
             kind, key, *content = message
             if kind == "open":
@@ -104,8 +118,11 @@ class Reporter:
                 updates[key](*content)
             elif kind == "close":
                 tasks.pop(key).close()
-            else:
-                {"say": self.say, "warn": self.warn}[kind](content[0])
+            elif kind == "say":
+                self.say(content[0])
+            elif content[0] not in said:  # several workers may look at one network
+                said.add(content[0])
+                self.warn(content[0])
         for task in tasks.values():  # of processes that died
             task.close()
 
@@ -113,7 +130,7 @@ class Reporter:
 class Remote(Reporter):
     """The reporter of a worker process: sends everything to its parent's."""
 
-    def __init__(self, messages: Queue[Message]) -> None:
+    def __init__(self, messages: Sender) -> None:
         super().__init__()
         self._messages = messages
         self._numbers = itertools.count()
@@ -126,7 +143,7 @@ class Remote(Reporter):
 
     @contextmanager
     def task(self, label: str) -> Iterator[Update]:
-        key, last = (os.getpid(), next(self._numbers)), 0.0
+        key, last = (platform.node(), os.getpid(), next(self._numbers)), 0.0
 
         def update(share: float, text: str) -> None:
             nonlocal last

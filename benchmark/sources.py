@@ -142,8 +142,11 @@ def _from_file(
 
 
 def default_jobs(device: str) -> int:
-    """One process per core on the CPU, at most 4, since small networks use one core well."""
-    return 1 if pick_device(device).type != "cpu" else min(cores(), 4)
+    """One process per core on the CPU, at most 4, since small networks use one core well; one
+    for each GPU."""
+    if device.startswith("cpu") or (device == "auto" and not torch.cuda.is_available()):
+        return min(cores(), 4)
+    return 1 if ":" in device else max(1, torch.cuda.device_count())
 
 
 def cores() -> int:

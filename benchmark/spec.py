@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -147,6 +147,10 @@ class RunSpec(BaseModel):
         keep_examples: write the adversarial examples beside the records.
         logs: watchers of the trainings beside training.csv, see `benchmark.logs`.
         jobs: processes that share the work; each gets its share of the cores.
+        threads: of torch in each of them; None: OMP_NUM_THREADS, or the share of the cores.
+        shards: parts of the images on which an attack is a task of its own.
+        executor: who starts the processes, see `benchmark.executors`. ray_address: of a Ray that
+            runs already. gpus_per_task: the share of a GPU that a task gets.
         devices: GPUs (or processes, on the CPU) that train one network together.
         smoke: one epoch on two batches, everything else on 32 images: does it all run?
     """
@@ -176,6 +180,11 @@ class RunSpec(BaseModel):
     keep_examples: bool = False
     logs: tuple[str, ...] = ()
     jobs: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    shards: int = Field(default=1, ge=1)
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    gpus_per_task: float = Field(default=1.0, gt=0, le=1)
     devices: int = Field(default=1, ge=1)
     out: Path = Path("runs")
     smoke: bool = False
@@ -206,6 +215,8 @@ class RunSpec(BaseModel):
     def _one_training_at_a_time(cls, value: int, info: ValidationInfo) -> int:
         if value > 1 and info.data.get("jobs", 1) > 1:
             raise ValueError("several devices train one network after another: use --jobs 1")
+        if value > 1 and info.data.get("executor") == "ray":
+            raise ValueError("several devices are found by the local executor alone")
         return value
 
     @classmethod

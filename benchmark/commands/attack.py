@@ -13,6 +13,7 @@ from robench.benchmark.commands.options import (
     shared,
     show,
     values_of,
+    workers,
 )
 from robench.errors import Partial
 
@@ -33,7 +34,8 @@ Examples:
               help="Examples of --keep-examples to look at first; tables say so.")
 @click.option("--zoo", type=click.Path(path_type=Path), default=Path("models"), metavar="DIR",
               show_default=True, help="Where RobustBench's weights lie or are put.")
-@shared
+@workers("1")
+@shared()
 def evaluate(
     sources: tuple[str, ...], budget: str | None, replay: Path | None, zoo: Path,
     quiet: bool, **given: Any,

@@ -14,14 +14,18 @@ from robench.errors import Unreliable, UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def shared(function: F) -> F:
-    """The options of `run` and `eval`: what is attacked, and how."""
+def shared(*, several: bool = False) -> Callable[[F], F]:
+    """The options of `run` and `eval`: what is attacked, and how.
+
+    several: data sets and models may be named.
+    """
+    again = "Repeatable: " if several else ""
     options = [
         click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
                      help="Settings as YAML, such as `defense: [peeraid]`; options override it."),
-        click.option("--dataset", metavar="NAME",
-                     help="digits (default), cifar10, ..., folder:PATH; options follow, such as "
-                     "tiny-imagenet,order=sorted. See `robench list` and docs/data.md."),
+        click.option("--dataset", metavar="NAME", multiple=several,
+                     help=f"{again}digits (default), cifar10, ..., folder:PATH; options follow, "
+                     "such as tiny-imagenet,order=sorted. See `robench list` and docs/data.md."),
         click.option("--data-root", type=click.Path(path_type=Path), metavar="DIR",
                      help="Folder with the data sets.  [default: data]"),
         click.option("--download", is_flag=True, default=None,
@@ -29,8 +33,8 @@ def shared(function: F) -> F:
         click.option("--memory-limit", metavar="SIZE",
                      help="For images, such as 8G; a larger data set is read when it is needed.  "
                      "[default: half of the memory]"),
-        click.option("--model", metavar="NAME",
-                     help="A registered model or package.module:factory."),
+        click.option("--model", metavar="NAME", multiple=several,
+                     help=f"{again}a registered model or package.module:factory."),
         click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),
         click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
                      help="Repeatable. For example pgd-50, pgd,restarts=5, "
@@ -50,9 +54,34 @@ def shared(function: F) -> F:
                      "[default: runs, for eval runs/eval]"),
         click.option("--quiet", is_flag=True, help="No progress."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return _decorated(options)
+
+
+def workers(default: str) -> Callable[[F], F]:
+    """The options that say who does the work. default: how many processes without --jobs."""
+    options = [
+        click.option("--jobs", type=int, metavar="N",
+                     help=f"Processes that share the work.  [default: {default}]"),
+        click.option("--threads", type=int, metavar="N", help="Of torch, in each process.  "
+                     "[default: OMP_NUM_THREADS, or its share of the cores]"),
+        click.option("--shards", type=int, metavar="N",
+                     help="Attack the images in N parts, each a task of its own.  [default: 1]"),
+        click.option("--executor", metavar="NAME", help="local (default) or ray."),
+        click.option("--ray-address", metavar="HOST:PORT",
+                     help="Join this Ray, or the one that `auto` finds, instead of starting one."),
+        click.option("--gpus-per-task", type=float, metavar="SHARE",
+                     help="With ray: 0.25 lets four tasks share a GPU.  [default: 1]"),
+    ]
+    return _decorated(options)
+
+
+def _decorated(options: list[Callable[[Any], Any]]) -> Callable[[F], F]:
+    def decorated(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorated
 
 
 def values_of(given: dict[str, Any]) -> dict[str, Any]:

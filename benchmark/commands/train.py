@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,12 @@ from robench.benchmark.commands.options import (
     shared,
     show,
     values_of,
+    workers,
 )
 from robench.errors import UsageError
+
+if TYPE_CHECKING:
+    from robench.benchmark.spec import RunSpec
 
 
 @click.command(epilog="""\b
@@ -38,16 +42,28 @@ Examples:
               "its training.csv in any case.")
 @click.option("--teacher", metavar="WHAT", help="A checkpoint, module:factory or robustbench:NAME "
               "instead of a trained teacher.")
-@click.option("--jobs", type=int, metavar="N",
-              help="Processes that share the work.  [default: the CPU cores, at most 4; GPU: 1]")
 @click.option("--devices", type=int, metavar="N",
               help="GPUs that train one network together; with --device cpu, processes.")
 @click.option("--smoke", is_flag=True, default=None, help="Two batches through everything.")
-@shared
-def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any) -> None:
+@workers("the CPU cores, at most 4; GPUs: one for each")
+@shared(several=True)
+def run(quiet: bool, **given: Any) -> None:
     """Train defenses, attack them, and write a leaderboard. Goes on where it was stopped."""
+    specs = specs_of(given)
+
+    from robench.benchmark.matrix import run as run_matrix
+
+    results = run_matrix(specs, quiet=quiet)
+    show(results, {"out": specs[0].out})
+    require_trust(results.records)
+
+
+def specs_of(given: dict[str, Any]) -> list[RunSpec]:
+    """A request for each data set and model, from the options of `run`."""
+    from robench.benchmark.sources import default_jobs
     from robench.benchmark.spec import RunSpec, parse_value
 
+    settings, seeds = given.pop("settings"), given.pop("seeds")
     values = values_of(given)
     if seeds is not None:
         values["seeds"] = integers(seeds)
@@ -64,11 +80,16 @@ def run(settings: tuple[str, ...], seeds: str | None, quiet: bool, **given: Any)
                 raise UsageError(f"{name}: write settings, one `name: value` a line, not {group!r}")
         group[option] = parsed
 
-    from robench.benchmark.matrix import run as run_matrix
-    from robench.benchmark.sources import default_jobs
-
     if "jobs" not in values and values.get("devices", 1) == 1:
         values["jobs"] = default_jobs(str(values.get("device", "auto")))
-    results = run_matrix(RunSpec.create(values), quiet=quiet)
-    show(results, values)
-    require_trust(results.records)
+    models = _each(values, "model")
+    return [RunSpec.create({**values, **dataset, **model})
+            for dataset in _each(values, "dataset") for model in models]
+
+
+def _each(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A setting that may have several values, taken out: one setting for each of them."""
+    given = values.pop(name, None)
+    many = list(given) if isinstance(given, list | tuple) else [given]
+    return [{} if one is None else {name: one}
+            for index, one in enumerate(many or [None]) if one not in many[:index]]

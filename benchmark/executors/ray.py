@@ -1,0 +1,160 @@
+"""Ray: the tasks of a run on the machines of a cluster, or on this one.
+
+Ray decides when and where, waits for what a task needs, and does it again when its machine is
+lost. All machines see the output folder at the same path, and so does the current folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robench.benchmark.executors import Request, threads_of
+from robench.benchmark.executors.work import Outcome, Worker
+from robench.benchmark.graph import Task, urgent_first
+from robench.benchmark.progress import Message, Remote, Reporter
+from robench.errors import RobenchError, UsageError, one_line
+from robench.files import LOCK
+
+RETRIES = 5  # of a task whose machine, or process, is lost
+PATIENCE = 10.0  # seconds that tasks have for the step they are at when they are told to end
+STORE = 100 * 2**20  # bytes for objects: results are a few numbers, images go by files
+_worker: tuple[Request, Worker] | None = None  # of this process
+
+
+def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> int:
+    """Do the tasks on a Ray cluster; see `executors.work_ahead`."""
+    ray: Any = importlib.import_module("ray")
+    refs: dict[str, Any] = {}
+    with _joined(ray, request), _relayed(ray, reporter) as messages:
+        # Without max_calls a process would end after every task that had a GPU.
+        remote = ray.remote(max_calls=0, max_retries=RETRIES)(_perform)
+        for task in urgent_first(tasks):
+            refs[task.key] = remote.options(
+                name=task.label, num_cpus=task.threads, num_gpus=task.gpu,
+            ).remote(request, task, messages, os.getcwd(), *(refs[key] for key in task.needs))
+        return _finished(ray, list(refs.values()))
+
+
+def _finished(ray: Any, left: list[Any]) -> int:
+    """Wait for all; how many measurements were made. Whatever ends it ends the tasks, too."""
+    measured, everything = 0, list(left)
+    try:
+        while left:
+            ready, left = ray.wait(left)
+            measured += sum(outcome.measured for outcome in ray.get(ready))
+    except BaseException as error:
+        for ref in everything:
+            ray.cancel(ref)
+        ray.wait(everything, num_returns=len(everything), timeout=PATIENCE)
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = error.cause
+            raise (cause if isinstance(cause, RobenchError)
+                   else RobenchError(one_line(cause))) from None
+        if isinstance(error, ray.exceptions.RayError):
+            raise RobenchError(f"a worker was lost {RETRIES + 1} times; what is finished is kept: "
+                               f"run it again ({one_line(error)})") from None
+        raise
+    return measured
+
+
+@contextmanager
+def _joined(ray: Any, request: Request) -> Iterator[None]:
+    """Connected with the cluster that is named, or a new one on this machine. One that this
+    process is connected with already is used as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    spec, before = request.specs[0], signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else a FutureWarning tells everybody about this variable.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if spec.ray_address is None:
+        options |= {"address": "local", "num_cpus": spec.jobs * threads_of(spec),
+                    "include_dashboard": False, "object_store_memory": STORE}
+    else:
+        options["address"] = spec.ray_address
+    try:
+        ray.init(**options)
+    except Exception as error:  # of all kinds, without a common one
+        raise UsageError(f"there is no Ray at {options['address']} ({one_line(error)})") from None
+    try:
+        _restore(before)  # which Ray replaces
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _restore(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+class _Messages:
+    """The way of progress from the workers to the command: through an actor beside it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def put(self, message: Message) -> None:
+        self._actor.put_nowait.remote(message)  # nobody waits: it only informs
+
+
+@contextmanager
+def _relayed(ray: Any, reporter: Reporter) -> Iterator[_Messages]:
+    queues, strategies = (importlib.import_module(f"ray.util.{name}")
+                          for name in ("queue", "scheduling_strategies"))
+    here = strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), False)
+    queue = queues.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    screen = threading.Thread(target=reporter.relay, args=(_Ending(queue),), daemon=True)
+    screen.start()
+    try:
+        yield _Messages(queue.actor)
+    finally:
+        queue.actor.put_nowait.remote(("end", None, None, None))
+        screen.join(5)
+
+
+class _Ending:
+    """A queue that ends with the cluster."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def get(self) -> Message:
+        try:
+            message: Message = self._queue.get()
+            return message
+        except Exception:  # the cluster is gone
+            return "end", None, None, None
+
+
+def _perform(
+    request: Request, task: Task, messages: _Messages, folder: str, *before: Outcome
+) -> Outcome:
+    """What a machine of the cluster does. before: what became of what the task needs."""
+    global _worker
+    if not all(outcome.done for outcome in before):
+        return Outcome(0, False)
+    if _worker is None or _worker[0] != request:
+        out = request.specs[0].out
+        try:
+            os.chdir(folder)
+            found = (Path(folder) / out / LOCK).exists()
+        except OSError:
+            found = False
+        if not found:
+            raise RobenchError(f"{out} in {folder} is not shared with the other machines: name a "
+                               "folder that all of them see with --out, and start robench in one")
+        torch.set_num_threads(task.threads)  # whatever the variables here say
+        _worker = request, Worker(request, Remote(messages))
+    return _worker[1].do(task)
