@@ -10,13 +10,16 @@ from robench.reports.style import to_png, to_svg
 from robench.reports.text import markdown
 
 
+FEW = {"fog": (320, 240), "saturate": (400, 400), "snow": (80, 0)}
+
+
 @pytest.fixture
 def make(make_steps):
     known = make_steps().model_dump(exclude={"fell_at", "n_correct", "attack_seed"})
 
     def make(right=None, **changes) -> Corruptions:
         values = {**known, "threat": "", "attack": "", "attack_config": {}, "clean": 360,
-                  "right": right or {"fog": (320, 240), "saturate": (400, 400), "snow": (80, 0)}}
+                  "right": FEW if right is None else right}
         return Corruptions(**{**values, **changes})
 
     return make
@@ -77,7 +80,7 @@ def test_figures_and_page(make):
         assert curve.name.startswith("accuracy-over-severity-")
         assert "trades 90.0 at 0, 50.0 at 1, 30.0 at 2" in curve.alt
         for drawing in (heat, curve):
-            assert "<image" not in to_svg(drawing.figure) and to_png(drawing.figure)
+            assert "<image" not in to_svg(drawing.figure, drawing.name) and to_png(drawing.figure)
     assert "it is no mCE" in page(results)
 
 
