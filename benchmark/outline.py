@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from robench.benchmark.data import DATASETS, Dataset, load_dataset
+from robench.benchmark.data.registry import Request
 from robench.benchmark.spec import CellSpec, RunSpec
 
 # training images, test images, classes, channels, size: of data sets that may lie elsewhere
@@ -63,7 +64,7 @@ def outline(spec: RunSpec) -> Outline:
     Its hash is then that of the last training on it in `spec.out`. Raises UsageError for an
     unknown name, and for data that must be read and cannot.
     """
-    _ = DATASETS["folder:PATH" if spec.dataset.startswith("folder:") else spec.dataset]
+    _ = DATASETS[Request.parse(spec.dataset).entry]
     if spec.dataset not in SHAPES:
         return Outline.of(load_dataset(spec.dataset, spec.data_root))
     train, test, classes, channels, size = SHAPES[spec.dataset]

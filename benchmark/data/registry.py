@@ -62,6 +62,11 @@ class Request:
         kind, _, path = head.partition(":")
         return cls(kind, path, options, **more)
 
+    @property
+    def entry(self) -> str:
+        """The name in DATASETS."""
+        return f"{self.kind}:PATH" if self.path else self.kind
+
     def name(self, what: str, **defaults: object) -> str:
         """What records call the data set: `what`, and the options that are not the default. Part
         of its identity, with the hash of the images.
@@ -136,7 +141,7 @@ def load_dataset(
     """
     room = half_of_memory(device) // jobs if room is None else room
     request = Request.parse(name, root=root, download=download, room=room, task=task)
-    return DATASETS[f"{request.kind}:PATH" if request.path else request.kind].value(request)
+    return DATASETS[request.entry].value(request)
 
 
 def class_order(name: str) -> tuple[str, str]:
