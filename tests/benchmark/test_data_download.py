@@ -135,7 +135,6 @@ def test_nothing_is_left_when_no_place_has_it(server, tmp_path):
     assert "/wrong: it sent other bytes than were published" in text and "404" in text
     assert str(tmp_path / "set.zip") in text and "\n" not in text
     assert names(tmp_path) == set()
-    server.shutdown()
 
 
 def test_what_was_brought_by_hand_is_checked_and_stays(server, tmp_path):

@@ -211,7 +211,8 @@ spec = {"defenses": ("standard",), "model": "net:small", "dataset": "folder:.", 
         "epochs": 1, "threat": "Linf:0.1", "attacks": ("fgsm",),
         "train": {"validation": 0, "batch_size": 50, "swa_start": None}}
 robench.benchmark.matrix.render = lambda results, out: None
-robench.run({**spec, "out": "first", "smoke": True, "memory_limit": "1M"})
+# All that such a run needs but for its images: here of few, and read when they are needed.
+robench.run({**spec, "out": "first", "train_limit": 200, "memory_limit": "1M"})
 before = peak()
 results = robench.run({**spec, "memory_limit": sys.argv[1]})
 print(before, peak(), [(r.n, r.n_robust, r.weights_sha256) for r in results.records])
@@ -242,4 +243,4 @@ def test_a_data_set_that_is_larger_than_the_limit(tmp_path, python):
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.split()[:2])
     size = 5400 * 4 * 3 * 64 * 64
-    assert peak - before < 100 * 2**20 < size / 3
+    assert peak - before < size / 2  # in memory it takes more than all of it
