@@ -64,10 +64,9 @@ class Plan:
         lines = [("cell", "data set", "model", "defense", "seed", "waits for", "training",
                   "attacks", "done", "time", "from")]
         for run, cell in self.cells:
-            training, *attacks = of_cell[run, cell.spec.key()]
-            attacks = [task for task in attacks if task.kind != "shard"]
+            training, *measured = of_cell[run, cell.spec.key()]
+            attacks = [task for task in measured if task.kind == "attack"]
             estimate = training.estimate
-            measured = [task for task in of_cell[run, cell.spec.key()] if task.kind != "train"]
             basis = dict.fromkeys(task.estimate.basis for task in measured
                                   if not task.done and task.estimate.basis)
             lines.append((

@@ -191,12 +191,12 @@ def test_a_plan_knows_what_is_done_and_how_long_the_rest_may_take(
     done = robench(*two, "--epochs", 2)
     keys = {path.name for path in (tmp_path / "runs" / "cells").iterdir()}
     assert {line.split()[0] for line in done.out.splitlines()[1:3]} == keys
-    assert "2 rows, 2 trainings (2 done), 23 attacks (23 done), 1 Rob_f analyses (1 done)" in (
+    assert "2 rows, 2 trainings (2 done), 36 attacks (36 done), 1 Rob_f analyses (1 done)" in (
         done.out)
     assert "total: 0 s" in done.out and "nothing" in done.out
     # Another attack, of which nothing is known; and the same ones on other seeds.
     done = robench(*command, "--epochs", 2, "--attack", "fgsm", "--attack", "cw")
-    assert "23 attacks (19 done)" in done.out and "total: unknown" in done.out
+    assert "36 attacks (32 done)" in done.out and "total: unknown" in done.out
     plan = Plan.of([RunSpec.create(job(defenses=("trades",), out=tmp_path / "runs", epochs=6,
                                        seeds=(0, 1)))])
     trainings = [t for t in plan.tasks if t.kind == "train"]
