@@ -9,7 +9,6 @@ from robench.reports.page import page
 from robench.reports.style import to_png, to_svg
 from robench.reports.text import markdown
 
-
 FEW = {"fog": (320, 240), "saturate": (400, 400), "snow": (80, 0)}
 
 
