@@ -224,6 +224,7 @@ def small():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak of memory is not told there")
 def test_a_data_set_that_is_larger_than_the_limit(tmp_path, python):
     """5,400 images of 64x64, 265 MB, in 16 MB: training and evaluation, in a process of its own."""
