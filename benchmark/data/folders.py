@@ -26,6 +26,8 @@ def folder(request: Request) -> Dataset:
     path = Path(request.path).expanduser()
     train, test, val = (path / part for part in ("train", "test", "val"))
     places = [place for place in (train, test if test.is_dir() else val) if place.is_dir()]
+    if not path.is_dir():
+        raise UsageError(f"no folder {path}: images go to {train}/<class>/ and {test}/<class>/")
     if places == [train]:
         raise UsageError(f"no folder {test}: images go to {test}/<class>/")
     splits = [by_class(place) for place in places or [path]]

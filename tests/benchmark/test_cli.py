@@ -104,7 +104,7 @@ EVAL = ("eval", "net.safetensors")
         ((*RUN, "--dataset", "digit"), "unknown dataset 'digit'. Did you mean: digits?"),
         ((*RUN, "--dataset", "cifar10", "--data-root", "nowhere"), "read cifar10 in nowhere"),
         ((*RUN, "--dataset", "cifar10"), "cannot read cifar10 in data"),
-        ((*RUN, "--dataset", "folder:nowhere"), "no folder nowhere/train"),
+        ((*RUN, "--dataset", "folder:nowhere"), "no folder nowhere: images go to nowhere/tr"),
         ((*RUN, "--recipe", "unifed"), "unknown recipe 'unifed'. Did you mean: unified?"),
         ((*RUN, "--recipe", "as-released"), "only on cifar10, not on 'digits'"),
         ((*RUN, "--threat", "Linf:8"), "write Linf:8/255"),
@@ -391,7 +391,7 @@ def test_report_merges_runs(two_runs, robench):
     done = robench("report", "one", "two/results.jsonl", "--out", "merged")
     assert done.code == 0
     assert "my_nets:logits" in done.out and "trades" in done.out
-    assert done.err == "wrote the reports to merged/\n"
+    assert done.err.splitlines()[-1] == "wrote the reports to merged/"
     merged = load([two_runs / "merged"]).records
     assert [r.source for r in merged] == ["net.safetensors", "my_nets:logits"]
     assert (two_runs / "merged" / "leaderboard.csv").is_file()
@@ -402,7 +402,7 @@ def test_report_merges_runs(two_runs, robench):
 def test_report_writes_into_the_first_run(two_runs, robench):
     shutil.rmtree(two_runs / "two" / "eval")
     done = robench("report", "two")
-    assert done.err == "wrote the reports to two/\n"
+    assert done.err.splitlines()[-1] == "wrote the reports to two/"
     assert (two_runs / "two" / "leaderboard.html").is_file()
 
 

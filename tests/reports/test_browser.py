@@ -186,7 +186,7 @@ def test_filters_combine_and_keep_the_ranks(show, varied_html):
 def test_tabs_show_one_section_each(show, campaign_html):
     tab = show(campaign_html)
     links = tab.locator("nav a").all()
-    assert len(links) == 9
+    assert len(links) == 11
     for link in links:
         link.click()
         assert [f"#{section.get_attribute('id')}" for section in seen(tab, "main > section")] == [
@@ -334,8 +334,8 @@ def test_warnings_are_explained_where_they_are_counted(show, varied_html):
 def test_without_javascript_everything_is_there(show, campaign_html):
     tab = show(campaign_html, java_script_enabled=False)
     sections = tab.locator("main > section")
-    assert len(seen(tab, "main > section")) == sections.count() == 9
-    assert len(seen(tab, "main table")) == tab.locator("main table").count() == 9
+    assert len(seen(tab, "main > section")) == sections.count() == 11
+    assert len(seen(tab, "main table")) == tab.locator("main table").count() == 10
     assert not seen(tab, "button, select, input, dialog")
     link = tab.locator("#leaderboard td.lead a").first
     link.click()

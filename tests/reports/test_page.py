@@ -54,7 +54,7 @@ def outline(html):
 
 def test_the_page_is_whole(outline, html):
     assert html.startswith("<!doctype html>\n<html lang=\"en\">")
-    assert outline.tags.count("svg") == 6 and outline.tags.count("table") == 10
+    assert outline.tags.count("svg") == 7 and outline.tags.count("table") == 10
     assert len(outline.ids) == len(set(outline.ids))
     for section in ("leaderboard", "rob-f", "others", "trade-off", "cost", "over-eps", "overlap",
                     "training", "measured", "records"):
@@ -119,7 +119,7 @@ def test_the_page_needs_no_network(outline, html):
 
 
 def test_figures_are_described_and_take_the_colors_of_the_page(html):
-    assert html.count('<svg role="img" aria-label="') == 6
+    assert html.count('<svg role="img" aria-label="') == 7
     assert "peeraid 85.2 and 50.0" in html
     assert "stroke: var(--ink)" in html and "color-scheme: light dark" in html
     assert "#ffffff" not in "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))

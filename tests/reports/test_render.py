@@ -8,7 +8,7 @@ from robench.reports.base import ASKED, Report, format_of
 FILES = {"results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl",
          "leaderboard.md", "leaderboard.html", "leaderboard.tex", "leaderboard.json"}
 TABLES = {"leaderboard.csv", "rob_f.csv", "others.csv", "trade_off.csv", "cost.csv",
-          "over_eps.csv", "overlap.csv", "training.csv"}
+          "rob_f_training.csv", "over_eps.csv", "overlap.csv", "training.csv"}
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def test_all_files_are_written(rendered):
     out, paths = rendered
     names = {path.relative_to(out).as_posix() for path in paths}
     figures = {name for name in names if name.startswith("figures/")}
-    assert names - figures == FILES | TABLES and len(figures) == 12
+    assert names - figures == FILES | TABLES and len(figures) == 14
     empty = {path.name for path in paths if not path.stat().st_size}
     assert empty == {"landscape.jsonl"}  # of which the campaign has none
     assert [path.name for path in paths[:4]] == ["results.jsonl", "transfer.jsonl",
