@@ -6,6 +6,7 @@ Each check is one function that measures one number; what it means is in `robenc
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,8 +107,13 @@ def examine(model: Classifier, x: Tensor, y: Tensor) -> list[Finding]:
             try:
                 findings.append(Finding(CHECKS[id], measure(probe)))
             except Exception as error:  # a user's code may raise anything
+                if out_of_memory(error) and len(x) > 1:
+                    break
                 findings.append(Finding(CHECKS[id], None, one_line(error)))
-    return findings
+        else:
+            return findings
+    half = len(x) // 2  # here the error has let go of the tensors
+    return examine(model, x[:half], y[:half])
 
 
 def eval_mode(model: Classifier) -> float:
@@ -150,7 +156,8 @@ def batch_invariant(probe: Probe) -> float:
 def _apart(one: Tensor, other: Tensor, size: Tensor | None = None) -> float:
     """The largest difference, relative to the largest logit where that is above 1."""
     size = one.abs().max() if size is None else size
-    return float((one - other).abs().max() / size.clamp_min(1))
+    gap = float((one - other).abs().max() / size.clamp_min(1))
+    return math.inf if math.isnan(gap) else gap  # max() passes over NaN
 
 
 def zero_grad(probe: Probe) -> float:

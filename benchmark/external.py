@@ -13,6 +13,7 @@ from robench.benchmark.data import Images
 from robench.benchmark.examples import Examples
 from robench.benchmark.executors import Request, using, work_ahead
 from robench.benchmark.graph import Estimate, Task, attack_tasks, pairs
+from robench.benchmark.kept import alike
 from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
@@ -99,10 +100,17 @@ def _evaluated(matrix: Matrix, subjects: Sequence[Subject]) -> Results:
     if (spec.out / RECORDS).exists():
         earlier = load([spec.out])
         again = {_identity(record) for record in records}
-        kept = [record for record in earlier.records if _identity(record) not in again]
+        now = {(record.source, record.checkpoint): record for record in records}
+        kept = [record for record in earlier.records if _identity(record) not in again
+                and _same(record, now.get((record.source, record.checkpoint), record))]
         results = replace(earlier, records=[*kept, *results.records])
     render(results, spec.out)
     return results
+
+
+def _same(one: Record, other: Record) -> bool:
+    """Whether they are of one network: a file may hold other weights than it did before."""
+    return one.weights_sha256 == other.weights_sha256 and alike(one.fingerprint, other.fingerprint)
 
 
 def _identity(record: Record) -> tuple[object, ...]:

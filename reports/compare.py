@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from robench.errors import RobenchError
 from robench.files import unpack_arrays
-from robench.reports.grouping import AUTOATTACK, Row
+from robench.reports.grouping import AUTOATTACK, Key, Row
 from robench.reports.record import Record
 from robench.reports.uncertainty import paired_p
 
@@ -64,18 +64,28 @@ def strongest(rows: Sequence[Row]) -> str | None:
 def find_baseline(row: Row, group: Sequence[Row]) -> Row | None:
     """The first baseline of the group that is like the row but for the defense.
 
-    Of the same recipe, and averaged (SWA) if the row is, or else the gain of averaging would be
-    counted as the defense's; with the row's model if there is one. None if there is none.
+    Of the same recipe, and with the same average of weights (SWA, EMA, none), or else what
+    averaging gains would be counted as the defense's. Of a network that was trained in a run also
+    with the same model and, unless each method has its own schedule, as many epochs; among others
+    one of the same model goes first. None if there is none.
     """
     fair = [other for other in group
             if other.baseline and other.key.recipe == row.key.recipe
-            and _averaged(other) == _averaged(row)]
+            and _average(other) == _average(row) and _as_trained(other.key, row.key)]
     same = [other for other in fair if other.key.model == row.key.model]
     return next(iter(same or fair), None)
 
 
-def _averaged(row: Row) -> bool:
-    return row.key.checkpoint.startswith("swa")
+def _average(row: Row) -> str:
+    name = row.key.checkpoint.removesuffix("-last")
+    return name if name in ("swa", "ema") else ""
+
+
+def _as_trained(one: Key, other: Key) -> bool:
+    if "trained" not in (one.source, other.source):
+        return True
+    epochs = one.epochs == other.epochs or one.recipe == "as-released"
+    return (one.source, one.model) == (other.source, other.model) and epochs
 
 
 def difference(row: Row, baseline: Row, attack: str | None) -> Difference | None:

@@ -172,7 +172,8 @@ def _surveys(results: Results) -> list[Line]:
     """What commands of their own measured; Rob_f has no clock."""
     kinds: dict[str, Sequence[Survey]] = {
         "landscape": results.landscapes, "transfer": results.crossings,
-        "steps": results.steps, "gallery": results.galleries}
+        "steps": results.steps, "gallery": results.galleries,
+        "corruptions": results.corruptions}
     lines: list[Line] = []
     for what, surveys in kinds.items():
         for device in dict.fromkeys(one.device for one in surveys):

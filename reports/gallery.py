@@ -33,12 +33,13 @@ def draw(analysis: Analysis, results: Results, look: Looks) -> list[Drawing]:
 def looks_of(results: Results) -> Looks:
     """A look for every label in the results, the same in all figures."""
     labels = run_labels(results.records)
-    surveys = [*results.landscapes, *results.steps]
     return looks([
         *(row.label for row in rows(results.records)),
         *(labels.get(t.run, t.defense) for t in results.transfers),
         *(labels.get(e.run, e.defense) for e in results.epochs),
-        *survey_labels(surveys, results.records).values(),
+        # One kind at a time, as the tables label them.
+        *survey_labels(results.landscapes, results.records).values(),
+        *survey_labels(results.steps, results.records).values(),
         *survey_labels(results.corruptions, results.records).values(),
         # Rows are told apart by what they differ in, which may be less among the ranked ones.
         *(row.label for group in ranked_groups(results.records) for row in group),

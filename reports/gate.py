@@ -141,7 +141,7 @@ def check(
         verdict = _verdict(drop, p, max_drop=max_drop, alpha=alpha)
         pairs[i] = replace(pairs[i], p=p, verdict=verdict)
         if verdict == "inconclusive":
-            needed = _needed(pairs[i], drop, max_drop=max_drop, alpha=alpha / len(drops))
+            needed = _needed(pairs[i], drop, max_drop=max_drop, alpha=alpha, tests=len(drops))
             pairs[i] = replace(pairs[i], needed=needed)
     found = {one.verdict for one in pairs}
     return Outcome(next(v for v in VERDICTS if v in found), tuple(pairs), max_drop, alpha)
@@ -282,17 +282,21 @@ def _notes(old: Side, new: Side) -> Iterator[str]:
 # How many images
 
 
-def _needed(one: Comparison, drop: Drop, *, max_drop: float, alpha: float) -> int | None:
+def _needed(
+    one: Comparison, drop: Drop, *, max_drop: float, alpha: float, tests: int
+) -> int | None:
     """Images (on each side, if unpaired) at which such a drop would be decided, 4 times out of 5:
-    as a regression if it is larger than max_drop, else as a pass."""
+    as a regression if it is larger than max_drop, at worst as the first of so many tests that Holm
+    looks at; else as a pass, whose interval is its own."""
     assert one.baseline is not None and one.current is not None, "it was compared"
     before, after, n = one.baseline.share, one.current.share, one.baseline.n
     variance = before * (1 - before) + after * (1 - after)
-    power = partial(unpaired_power, baseline=before, current=after, max_drop=max_drop, alpha=alpha)
+    power = partial(unpaired_power, baseline=before, current=after, max_drop=max_drop,
+                    alpha=alpha / tests)
     if one.paired and drop.lost is not None and drop.gained is not None:
         variance = (drop.lost + drop.gained) / n * drop.weight**2 - (drop.points / 100) ** 2
         power = partial(paired_power, lost=drop.lost / n, gained=drop.gained / n,
-                        max_drop=max_drop / drop.weight, alpha=alpha)
+                        max_drop=max_drop / drop.weight, alpha=alpha / tests)
     if drop.points > max_drop:
         return images_needed(power)
     return images_to_pass(drop.points, variance, max_drop=max_drop, alpha=alpha)

@@ -190,18 +190,18 @@ def _by_images(cells: Mapping[str, Sequence[Record]]) -> list[dict[str, list[Rec
 
 
 def _row(key: Key, label: str, measured: Mapping[str, Sequence[Record]]) -> Row:
-    """Keeps the newest record of each seed, and says so if there were others."""
+    """Keeps the newest record of each seed that did not fail, and says so if there were others."""
     cells: dict[str, dict[int, Record]] = {}
     weights: dict[int, set[str]] = {}
     remarks = []
     for attack, records in measured.items():
-        by_age = sorted(records, key=lambda record: record.created)
+        by_age = sorted(records, key=lambda record: (record.status == "ok", record.created))
         cells[attack] = {record.seed: record for record in by_age}
         for seed, record in cells[attack].items():
             weights.setdefault(seed, set()).add(record.weights_sha256)
         if len(records) > len(cells[attack]):
-            remarks.append(f"{attack}: {len(records) - len(cells[attack])} older measurement(s) "
-                           "of the same seed left out")
+            remarks.append(f"{attack}: {len(records) - len(cells[attack])} older or failed "
+                           "measurement(s) of the same seed left out")
     remarks += [f"seed {seed}: the attacks saw {len(known)} different networks"
                 for seed, known in sorted(weights.items()) if len(known) > 1]
     return Row(key, label, cells, tuple(remarks))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from robench.errors import UsageError
 from robench.options import parse_number
@@ -39,17 +40,22 @@ def unreliable(records: Iterable[Record]) -> list[str]:
     found: dict[str, dict[str, None]] = {}
     for record in records:
         if record.ranked and record.role == "table":
-            ids = {id for id in map(id_of, record.warnings) if id and CHECKS[id].level == "fail"}
-            ids -= {"random"} if adaptive(record) else set()
+            ids = failed(record.warnings, record.attack_config)
             name = record.defense if record.source == "trained" else record.source
             found.setdefault(name, {}).update(dict.fromkeys(sorted(ids)))
     return [f"{name}: {', '.join(ids)}" for name, ids in found.items() if ids]
 
 
-def adaptive(record: Record) -> bool:
+def failed(warnings: Iterable[str], attack_config: Mapping[str, Any]) -> set[str]:
+    """The checks that a number must pass to be relied on, and that its warnings say it failed."""
+    ids = {id for id in map(id_of, warnings) if id and CHECKS[id].level == "fail"}
+    return ids - ({"random"} if adaptive(attack_config) else set())
+
+
+def adaptive(attack_config: Mapping[str, Any]) -> bool:
     """Whether the attack was made for the defense: it says so in its options, or averages its
     gradients over the randomness of the network."""
-    options = leaves(record.attack_config)
+    options = leaves(attack_config)
     named = [(name.rpartition(".")[2], value) for name, value in options.items()]
     return any((name == "adaptive" and value is True)
                or (name == "eot" and isinstance(value, int) and value > 1)
@@ -110,7 +116,7 @@ def _lucky(records: Sequence[Record]) -> float:
 def _unanswered(records: Sequence[Record]) -> float:
     """Flags that ask for an attack made for the defense, where there is none."""
     asked = any(id_of(text) in ADAPT for r in records for text in r.warnings)
-    return float(asked and not any(map(adaptive, records)))
+    return float(asked and not any(adaptive(r.attack_config) for r in records))
 
 
 # The checks of this module that are about one network.

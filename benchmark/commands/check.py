@@ -43,6 +43,7 @@ def check(
     """
     from robench.files import write_atomic
     from robench.reports.gate import check as compare
+    from robench.reports.judge import failed
     from robench.reports.measured import measured
     from robench.reports.verdict import (
         outcome_json,
@@ -67,6 +68,13 @@ def check(
         raise UsageError(summary(outcome))
     if outcome.verdict == "inconclusive" and not allow_inconclusive:
         raise Unreliable(f"{summary(outcome)}; --allow-inconclusive lets it pass")
+    sides = [one.current for one in outcome.comparisons if one.current is not None]
+    doubts = {id for side in sides for entry in side.entries
+              for id in failed(entry.warnings, entry.attack_config)}
+    if doubts:  # a model that hides its gradients would always pass
+        raise Unreliable(f"{outcome.verdict}, but the evaluation is unreliable: "
+                         f"{', '.join(sorted(doubts))} (see the warnings; robench doctor NETWORK "
+                         "examines further)")
 
 
 @click.group()

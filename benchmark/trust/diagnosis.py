@@ -15,7 +15,7 @@ from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
 from robench.benchmark.spec import AttackSpec, RunSpec
 from robench.benchmark.trust.outcome import OUTCOMES, Number, Patient
-from robench.errors import Unreliable
+from robench.errors import RobenchError, Unreliable, one_line
 from robench.files import write_atomic
 from robench.reports.judge import ADAPT
 from robench.reports.text import NOTHING, Board, Cell, Column, markdown
@@ -98,7 +98,12 @@ def examine_attacks(patient: Patient, update: Reporter | None = None) -> list[Fi
     reporter, findings = update or Reporter(quiet=True), []
     for id, measure in OUTCOMES.items():
         with reporter.task(id):
-            number = measure(patient)
+            try:
+                number = measure(patient)
+            except RobenchError:
+                raise
+            except Exception as error:  # a user's code may raise anything
+                number = Number(None, f"could not be made: {one_line(error)}")
         findings.append(Finding(CHECKS[id], number.value, number.note))
     return findings
 

@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
-LOCK, UNFINISHED = ".robench.lock", ".tmp"
+LOCK, UNFINISHED = ".robench.lock", ".robench.tmp"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

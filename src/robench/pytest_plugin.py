@@ -36,7 +36,8 @@ def assert_robust(
 
     What counts is the share itself, not the lower end of its interval: the images of a test are
     fixed, and the assertion is about them. The message of a failure has the 95 % Wilson interval,
-    which says what it means for other images. What the evaluation doubts becomes a warning.
+    which says what it means for other images. What the evaluation doubts becomes a warning; where
+    a check failed, so that the number may not be relied on, the assertion fails.
 
     Args:
         model: images (N, C, H, W) in [0, 1] to logits (N, K), as for `robench.evaluate`.
@@ -48,6 +49,7 @@ def assert_robust(
     __tracebackhide__ = True
     from robench.benchmark.evaluate import evaluate
     from robench.errors import UsageError
+    from robench.reports.judge import failed
     from robench.reports.text import percent
     from robench.reports.uncertainty import wilson
 
@@ -57,6 +59,10 @@ def assert_robust(
                       batch_size=batch_size)
     for text in scores.warnings:
         warnings.warn(text, UserWarning, stacklevel=2)
+    doubts = failed(scores.warnings, scores.measurements[0].config)
+    if doubts:
+        raise AssertionError(f"the evaluation under {attack} is unreliable: "
+                             f"{', '.join(sorted(doubts))} (see the warnings)")
     robust = scores.measurements[0].robust
     n, share = len(robust), float(robust.mean())
     if share < min_accuracy:

@@ -13,6 +13,7 @@ from robench.benchmark import cli
 from robench.benchmark.commands.check import names_of
 from robench.errors import EXIT_CODES, Partial, Regression, RobenchError, Unreliable, UsageError
 from robench.reports.measured import Measured, save_baseline
+from robench.reports.trust import CHECKS, Finding, texts
 
 DOC = Path(__file__).parents[2] / "docs" / "exit-codes.md"
 
@@ -64,6 +65,20 @@ def test_verdicts_set_the_exit_code(here, robench, current, options, code, verdi
         assert done.err.startswith(f"robench: {verdict}: ") and done.err.count("\n") == 1
     else:
         assert done.err == ""
+
+
+@pytest.mark.parametrize("current", ["same", "better"])
+def test_no_verdict_on_a_network_that_hides_its_gradients(here, robench, current):
+    survivors = range(530 if current == "better" else 500)
+    write(here / "masked.json", survivors, warnings=texts([Finding(CHECKS["zero-grad"], 1.0)]))
+    for options in ((), ("--allow-inconclusive",)):
+        done = robench("check", "masked.json", "--against", "baseline.json", *options)
+        assert done.code == 4 and "unreliable: zero-grad" in done.err
+    random = texts([Finding(CHECKS["random"], 1.0)])
+    write(here / "random.json", survivors, warnings=random)
+    write(here / "eot.json", survivors, warnings=random, attack_config={"steps": 20, "eot": 20})
+    assert robench("check", "random.json", "--against", "random.json").code == 4
+    assert robench("check", "eot.json", "--against", "eot.json").code == 0
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -348,6 +348,23 @@ def test_eval_of_a_plain_state_dict(files, robench, no_figures):
     assert (one.n_correct, one.n_robust) == (two.n_correct, two.n_robust)
 
 
+def test_of_a_file_whose_weights_changed_only_the_present_ones_are_reported(
+    files, robench, no_figures, make_network, make_header
+):
+    """There and back again: what was measured first is taken, and nothing else is left."""
+    from robench.benchmark.checkpoints import save_checkpoint
+
+    path, out = files / "changing.safetensors", files / "there"
+    weights = []
+    for seed in (5, 6, 5):
+        save_checkpoint(path, make_network(seed), make_header())
+        done = robench("eval", path, "--attack", "fgsm", "--limit", 10, "--out", out, "--quiet")
+        assert done.code in (0, 4)
+        (record,) = load([out]).records
+        weights.append(record.weights_sha256)
+    assert weights[0] == weights[2] != weights[1]
+
+
 def test_eval_again_measures_nothing(files, robench, no_figures):
     arguments = ("eval", "my_nets:soft", "--attack", "fgsm", "--limit", 10)
     robench(*arguments)

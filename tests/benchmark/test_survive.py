@@ -68,7 +68,7 @@ def left_over(folder):
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     path = tmp_path / "results.jsonl"
-    (tmp_path / ".results.jsonl.abcd.tmp").write_text("half")
+    (tmp_path / ".results.jsonl.abcd.robench.tmp").write_text("half")
     (tmp_path / ".other").write_text("not ours")
     handle, living = files._temporary(path)
     write_atomic(path, "whole")
@@ -145,11 +145,11 @@ def test_file_systems_without_locks_guard_nothing_and_work(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    (tmp_path / ".x.abcd.tmp").touch()
+    (tmp_path / ".x.abcd.robench.tmp").touch()
     with locked(tmp_path), locked(tmp_path):
         write_atomic(tmp_path / "x", "y")
     assert (tmp_path / "x").read_text() == "y"
-    assert (tmp_path / ".x.abcd.tmp").exists()  # perhaps somebody writes it
+    assert (tmp_path / ".x.abcd.robench.tmp").exists()  # perhaps somebody writes it
 
 
 @pytest.mark.parametrize("command", [

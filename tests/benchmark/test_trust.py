@@ -154,6 +154,24 @@ def test_a_check_that_cannot_be_made_says_why():
     assert found["zero-grad"].verdict == "ok"
 
 
+def test_checks_take_fewer_images_where_memory_is_short():
+    def short(x):
+        if len(x) > FEW // 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return sound("standard", QUICK)((x * 8).round() / 8)
+
+    found = {f.check.id: f for f in examine(short, digits().test.x, digits().test.y)}
+    assert found["zero-grad"].flagged
+
+
+def test_nan_in_another_batch_is_found():
+    def moody(x):
+        return sound("standard", QUICK)(x) * (1.0 if len(x) == FEW else float("nan"))
+
+    found = {f.check.id: f for f in examine(moody, digits().test.x, digits().test.y)}
+    assert found["batch-invariant"].flagged
+
+
 class AsksInAHelper(nn.Module):
     def forward(self, x):
         return self.noisy(x)

@@ -61,10 +61,33 @@ def test_without_flags_or_the_same_seeds_there_is_no_p_value(with_flags, make_re
         assert got is not None and math.isnan(got.p)
 
 
-def test_the_first_baseline_of_the_same_model_is_taken(make_record):
-    table = rows([make_record(defense="a", model="wrn", baseline=True),
-                  make_record(defense="b", baseline=True), make_record(defense="c"),
-                  make_record(defense="d", model="mobilenet")])
+def test_a_trained_network_is_compared_with_its_like_only(make_record):
+    table = rows([make_record(defense="a", baseline=True, epochs=200),
+                  make_record(defense="b", baseline=True, model="wrn"),
+                  make_record(defense="c", baseline=True, checkpoint="swa"),
+                  make_record(defense="d", baseline=True),
+                  make_record(defense="e"), make_record(defense="e", checkpoint="swa"),
+                  make_record(defense="e", checkpoint="ema"),
+                  make_record(defense="e", model="mobilenet"),
+                  make_record(defense="e", epochs=200)])
+    found = {(row.key.checkpoint, row.key.model, row.key.epochs): find_baseline(row, table)
+             for row in table if row.key.defense == "e"}
+    own = next(row.key for row in table if row.key.defense == "d")
+    labels = {key: None if other is None else other.key.defense for key, other in found.items()}
+    assert labels == {
+        (own.checkpoint, own.model, own.epochs): "d", ("swa", own.model, own.epochs): "c",
+        ("ema", own.model, own.epochs): None, (own.checkpoint, "mobilenet", own.epochs): None,
+        (own.checkpoint, own.model, 200): "a"}
+    released = rows([make_record(defense="a", baseline=True, epochs=200, recipe="as-released"),
+                     make_record(defense="b", epochs=100, recipe="as-released")])
+    assert find_baseline(released[1], released).key.defense == "a"
+
+
+def test_of_networks_from_outside_the_first_baseline_of_the_same_model_is_taken(make_record):
+    table = rows([make_record(source="x", defense="a", model="wrn", baseline=True),
+                  make_record(source="y", defense="b", baseline=True),
+                  make_record(source="z", defense="c"),
+                  make_record(source="w", defense="d", model="mobilenet")])
     assert [find_baseline(row, table).label for row in table] == ["a", "b", "b", "a"]
     assert find_baseline(table[2], table[2:]) is None
 

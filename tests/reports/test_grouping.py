@@ -27,7 +27,7 @@ def test_groups_never_mix_images_or_threats(make_record, several):
             assert len({r.data_sha256 for r in members if r.attack == attack}) == 1
         kept += members
     newest = {(r.defense, r.seed, r.attack, r.data_sha256, r.threat, r.dataset): r
-              for r in records}
+              for r in sorted(records, key=lambda r: r.status == "ok")}  # what failed gives way
     assert sorted(r.created for r in kept) == sorted(r.created for r in newest.values())
 
 
@@ -94,7 +94,14 @@ def test_the_newest_measurement_counts_and_the_row_says_so(make_record):
     new, old = (make_record(created=f"2026-11-{day}", n_robust=day) for day in (20, 10))
     (row,) = rows([new, old])
     assert row.passed("pgd-20") == [new]
-    assert row.remarks == ("pgd-20: 1 older measurement(s) of the same seed left out",)
+    assert row.remarks == ("pgd-20: 1 older or failed measurement(s) of the same seed left out",)
+
+
+def test_a_retry_that_failed_displaces_nothing(make_record):
+    done = make_record(created="2026-11-10")
+    failed = make_record(created="2026-11-20", status="failed", n_robust=0)
+    (row,) = rows([done, failed])
+    assert row.passed("pgd-20") == [done] and "1 older or failed" in row.remarks[0]
 
 
 def test_attacks_on_different_weights_are_noticed(make_record):

@@ -71,7 +71,7 @@ def test_a_flag_that_asks_for_an_adaptive_attack_is_answered_by_one(make_record,
     assert ids(judged([warned])[0]) == [asking, "adaptive-hook"]
     for config in ({"adaptive": True}, {"stages": {"apgd-ce": {"eot": 20}}}):
         answer = make_record(attack="mine", attack_config=config)
-        assert adaptive(answer) and ids(judged([warned, answer])[0]) == [asking]
+        assert adaptive(answer.attack_config) and ids(judged([warned, answer])[0]) == [asking]
 
 
 def test_a_peer_that_withstands_the_students_examples_alone(make_record, make_transfer):

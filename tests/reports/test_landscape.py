@@ -266,3 +266,10 @@ def test_hostile_names_are_text_and_bytes_are_the_same(make_record):
     for _, svg, _ in drawn[0]:
         ElementTree.fromstring(svg)
         assert "<img" not in svg
+
+
+def test_surveys_of_several_kinds_with_other_options_are_drawn_together(make_steps):
+    """Found by merging two runs: each kind of survey labels its networks for itself."""
+    results = Results(landscapes=[make(run="1", defense_config={"beta": 1})],
+                      steps=[make_steps(run="2", defense_config={"beta": 2})])
+    assert len(draw_all(results)) == 2
