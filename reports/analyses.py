@@ -16,6 +16,7 @@ import pandas as pd
 
 from robench.registry import unknown
 from robench.reports import tables
+from robench.reports.ablation import ablation, ablation_boards
 from robench.reports.beside import published, published_boards
 from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards
 from robench.reports.class_boards import class_boards
@@ -155,6 +156,12 @@ ANALYSES = {one.name: one for one in (
     Analysis(
         "trade-off", "Trade-off", "What robustness costs in clean accuracy and in time",
         lambda results: tradeoff_table(results.records), draw_tradeoff,
+    ),
+    Analysis(
+        "ablation", "Options", "What an option of a training changes, paired by seed",
+        ablation, boards=ablation_boards,
+        intro="Configurations of one defense against the first of them, seed by seed: the mean "
+        "difference in points, and Student's 95 % interval of it over trainings.",
     ),
     Analysis(
         "cost", "Cost", "What the run took: time, passes and memory of trainings and attacks",

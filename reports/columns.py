@@ -28,7 +28,7 @@ COSTS = ("train_seconds", "train_and_teacher_seconds", "robust_overfitting", "ca
 OPTIONAL = {"rank_attack", "delta_to", "delta_attack"}  # text that may be missing
 _TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
          "label", "checkpoint", "selection", "warning_text", "notes", "network", "attack", "method",
-         "teacher", "certainty", "run", *OPTIONAL}
+         "teacher", "certainty", "run", "metric", *OPTIONAL}
 _WHOLE = {"group", "rank", "epoch", "epochs", "catastrophic_epoch", "seeds", "seed", "n",
           "parameters", "warnings"}
 

@@ -3,6 +3,8 @@
     <!-- robench: results/cifar10-small-resnet leaderboard -->
     ... replaced ...
     <!-- /robench -->
+
+Several runs, with a comma between them, are merged.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import tables
+from robench.reports.ablation import ablation_boards
 from robench.reports.boards import leaderboards, rob_f_boards
 from robench.reports.landscape import landscape_boards, sharpness
 from robench.reports.store import Results, load
@@ -23,6 +26,7 @@ from robench.reports.text import Board, markdown
 MARK = re.compile(r"^(<!-- robench: (?P<run>\S+) (?P<table>\S+) -->\n).*?^(<!-- /robench -->)$",
                   flags=re.DOTALL | re.MULTILINE)
 TABLES: dict[str, Callable[[Results], list[Board]]] = {
+    "ablation": ablation_boards,
     "leaderboard": lambda results: leaderboards(tables.leaderboard(results.records)),
     "rob_f": lambda results: rob_f_boards(tables.rob_f(results.transfers, results.records)),
     "sharpness": lambda results: landscape_boards(sharpness(results.landscapes, results.records)),
@@ -54,7 +58,7 @@ def embedded(text: str, folder: Path) -> tuple[str, int]:
         run, name = match["run"], match["table"]
         if name not in TABLES:
             raise UsageError(f"no table {name!r}: write one of {', '.join(TABLES)}")
-        boards = TABLES[name](load([folder / run]))
+        boards = TABLES[name](load([folder / one for one in run.split(",")]))
         text = "\n".join(markdown(condensed(board)) for board in boards)
         return f"{match[1]}\n{_without_headings(text)}\n{match[4]}"
 
