@@ -28,6 +28,7 @@ _TINY = 1e-12
 # A unit looks one query further ahead for each so many in a row that changed nothing: if an
 # improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 60).
 _PATIENCE = 2
+_BATCHES = 16  # looks in a pass come in multiples of it, if they are more
 
 
 @ATTACKS.register(
@@ -129,6 +130,12 @@ class Square(OneStage):
         count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
         # The slowest catch up: squares of one size are looked at together (`Local`).
         count = count.minimum(units.step.min() + 2 * room - units.step).clamp_min(1)
+        # Kernels are built, and their memory is kept, for every size of a batch: use few sizes.
+        ahead = (count - 1).cumsum(0)
+        total = ahead[-1] + len(count)
+        odd = torch.where(total > _BATCHES, total % _BATCHES, 0)
+        ahead = ahead.minimum((ahead[-1] - odd).clamp_min(0))
+        count = 1 + ahead.diff(prepend=ahead.new_zeros(1))
         owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
         rows = torch.arange(len(owner), device=owner.device)

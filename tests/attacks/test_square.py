@@ -327,6 +327,22 @@ def test_looking_ahead_takes_the_path_of_one_by_one(norm):
     assert looks[0] == 3 * attack.steps <= looks[1] < 1.1 * looks[0]
 
 
+def test_looking_ahead_uses_few_sizes_of_batches():
+    """Kernels, and the memory they keep, are made for each size."""
+    torch.manual_seed(0)
+    x = torch.rand(11, 3, 8, 8)
+    function = conv_net(3)
+    attack = Square(ThreatModel("Linf", 0.05), queries=300)
+    net, units = Net(function.float(), 40), units_of(attack, x, function(x).argmax(1))
+    while (units.step < attack.steps).any():
+        units = units.take(units.step < attack.steps)
+        units.step += attack.step(net, units).steps
+    sizes = [len(images) for images in net.seen]
+    assert max(sizes) > 40
+    odd = [size for size in sizes if size > 16 and size % 16]
+    assert len(odd) < 0.1 * len(sizes)
+
+
 def test_looking_ahead_ends_at_an_answer_that_is_no_number():
     x = torch.rand(2, 1, 8, 8)
     attack = Square(ThreatModel("Linf", 0.3))
