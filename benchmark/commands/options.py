@@ -37,7 +37,7 @@ def shared(*, several: bool = False) -> Callable[[F], F]:
                      help=f"{again}a registered model or package.module:factory."),
         click.option("--threat", "threats", multiple=True, metavar="NORM:EPS",
                      help="Repeatable: Linf:8/255, L2:0.5 or L1:12. Every attack is run under "
-                     "each; see docs/threats.md."),
+                     "each; defenses are trained at the first. See docs/zoo.md."),
         click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
                      help="Repeatable. For example pgd-50, pgd,restarts=5, "
                      "torchattacks:MIFGSM, autoattack,limit=1000.  "
