@@ -144,39 +144,6 @@ def test_a_node_that_is_killed_costs_time_alone(tmp_path, command, nodes, traine
     assert "train " in err  # progress of the workers; at least what was killed took a second
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-def test_what_is_interrupted_goes_on(tmp_path):
-    """Ctrl-C ends the tasks too, and what they did is kept: here it becomes the same network."""
-    command = (*SMALL[:3], *SMALL[5:], "--out")
-    finish(robench(tmp_path, command, "local", "--jobs", 1, "--quiet"))
-    process = robench(tmp_path, command, "ray", "--executor", "ray", "--jobs", 1)
-    cells, last = tmp_path / "ray" / "cells", time.monotonic() + 300
-    while not list(cells.glob("*/state.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < last
-        time.sleep(0.02)
-    workers = tree(process.pid) - {process.pid}
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    last = time.monotonic() + 60
-    while any(map(alive, workers)):
-        assert time.monotonic() < last
-        time.sleep(0.1)
-    assert list(cells.glob("*/state.pt")) and not list(cells.glob("*/done.json"))
-    finish(robench(tmp_path, command, "ray", "--jobs", 1, "--quiet"))
-    one, other = outcome(tmp_path / "ray"), outcome(tmp_path / "local")
-    assert one[:3] == other[:3] and one[3] == other[3]
-
-
-def alive(pid):
-    """Whether it runs: not if it ended and nobody asked how."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_lost_queue_is_told_in_one_line(capfd):
     class Lost:
         def get(self):
