@@ -205,7 +205,7 @@ class _Planner:
             raise UsageError(f"recipe {recipe!r} names no model for {name!r}: add --model")
         # A method's official code trains at its own eps; the evaluation is at the run's.
         released = load_recipe(recipe).method_threat(name, data.name)
-        threat = ThreatModel.parse(released or spec.threat or default_threat(data.name))
+        threat = ThreatModel.parse(released or [*spec.threats, default_threat(data.name)][0])
         train = self._train_config(settings)
         defense = make_defense(name, threat, **{**settings.options, **spec.options.get(name, {})})
         if not spec.smoke and not defense.begun(Moment(train.epochs - 1, train.epochs)):

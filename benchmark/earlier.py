@@ -117,7 +117,7 @@ class Earlier:
     spec: RunSpec
     kept: Kept
     device: str
-    threat: ThreatModel
+    threats: Sequence[ThreatModel]
     images: int
     classes: int
     test: int
@@ -139,8 +139,8 @@ class Earlier:
         return any(all(path.with_suffix(suffix).exists() for suffix in wanted) for path in paths)
 
     def transferred(self, cell: Cell) -> bool:
-        return any(transfers_path(cell.folder, self.threat, sha256).exists()
-                   for sha256 in self.data(self.test))
+        return any(all(transfers_path(cell.folder, threat, sha256).exists()
+                       for threat in self.threats) for sha256 in self.data(self.test))
 
     def training(self, cell: Cell) -> Estimate:
         spec, memory = cell.spec, self.kept.peaks.get(self._where(cell))

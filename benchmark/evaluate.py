@@ -137,7 +137,7 @@ def evaluate(
     specs = [AttackSpec.parse(a) if isinstance(a, str) else a for a in attacks]
     if not specs:
         raise UsageError("name at least one attack")
-    check_attacks(specs, threat)
+    check_attacks(specs, [threat])
     # check_images refuses other labels; the model's outputs decide about these later.
     classes = int(labels.max()) + 1 if labels.numel() and labels.dtype == torch.int64 else 1
     data = Images(*check_images(images, labels, classes))

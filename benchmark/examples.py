@@ -98,7 +98,7 @@ def verify_file(path: Path, sources: Sequence[str], spec: RunSpec, *, zoo: Path)
     from robench.benchmark.matrix import Matrix
 
     examples = Examples.load(path)
-    matrix = Matrix(spec.model_copy(update={"threat": examples.threat}), Reporter(quiet=True))
+    matrix = Matrix(spec.model_copy(update={"threats": (examples.threat,)}), Reporter(quiet=True))
     lines = []
     for source in sources:
         network = load_network(source, matrix.dataset, matrix.threat, model=spec.model, zoo=zoo)

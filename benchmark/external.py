@@ -33,7 +33,7 @@ def evaluate_external(
 ) -> Results:
     """Attack networks, named as in `sources.SOURCES`.
 
-    `spec` gives data set, threat model, attacks and output folder; `spec.model` the
+    `spec` gives data set, threat models, attacks and output folder; `spec.model` the
     architecture of a checkpoint that does not name it. After `budget` seconds the attacks stop:
     what they know by then is reported as partial. The examples in the file `replay` are looked
     at first: a quick check of a later version of a model, labeled in every table. Raises like
@@ -43,7 +43,7 @@ def evaluate_external(
     end = None if budget is None else time.time() + budget
     request = Request((spec,), sources, zoo, replay, end)
     matrix = opened(request, 0, Reporter(quiet=quiet))
-    subjects = [outside(matrix, load_network(source, matrix.dataset, matrix.threat,
+    subjects = [outside(matrix, load_network(source, matrix.dataset, matrix.threats[0],
                                              model=spec.model, zoo=zoo,
                                              reporter=matrix.reporter)) for source in sources]
     with locked(spec.out), using(spec):
@@ -80,7 +80,7 @@ def _tasks(matrix: Matrix, subjects: Sequence[Subject]) -> list[Task]:
     seed, share = matrix.spec.seeds[0], matrix.share
     return [
         task for subject in subjects
-        for index, pair in enumerate(pairs(matrix.attacks, matrix.threat))
+        for index, pair in enumerate(pairs(matrix.attacks, matrix.threats))
         for task in attack_tasks(
             f"0/{subject.label}", subject.label,
             Task("", "attack", "", owner=subject.label, pair=index, threads=share.threads,
@@ -93,7 +93,7 @@ def _evaluated(matrix: Matrix, subjects: Sequence[Subject]) -> Results:
     """The records of the networks, with what was evaluated into the folder before; written."""
     spec, records = matrix.spec, list[Record]()
     for subject in subjects:
-        chosen = pairs(matrix.attacks, matrix.threat)
+        chosen = pairs(matrix.attacks, matrix.threats)
         records += [record.model_copy(update={"warnings": (*subject.warnings, *record.warnings)})
                     for record in matrix.attack(subject, chosen, spec.seeds[0])]
     results = anchored(Results(judged(records)), spec.out)

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.base import frozen
-from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
 from robench.benchmark.cells import Cell, Result, selection_of
 from robench.benchmark.checkpoints import Header, weights_sha256
-from robench.benchmark.kept import transfer_config
-from robench.benchmark.transfer import RobF
-from robench.reports.record import Epoch, Transfer
+from robench.reports.record import Epoch
 
 
 @dataclass(frozen=True)
@@ -83,21 +80,4 @@ def epochs(cell: Cell, result: Result) -> list[Epoch]:
             clean=log.clean, robust=log.robust, averages=log.averages, rob_f=log.rob_f,
         )
         for log in result.history
-    ]
-
-
-def transfers(
-    cell: Cell, measured: Mapping[str, RobF], threat: ThreatModel, n: int, data_sha256: str
-) -> list[Transfer]:
-    """The Rob_f rows of a cell on n images."""
-    spec, config = cell.spec, transfer_config(threat)
-    return [
-        Transfer(
-            run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
-            defense=spec.defense, recipe=spec.recipe, checkpoint=cell.ranked[0], network=name,
-            attack=f"pgd-{config['steps']}", attack_config=config, threat=str(threat), n=n,
-            data_sha256=data_sha256, clean=row.clean, self_crafted=row.self_crafted,
-            student_crafted=row.student_crafted, student_robust=row.student_robust,
-        )
-        for name, row in measured.items()
     ]

@@ -34,6 +34,9 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(median(values), min(values), max(values))
 
+    def scaled(self, factor: float) -> Spread:
+        return Spread(*(factor * value for value in self))
+
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 

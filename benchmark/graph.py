@@ -11,8 +11,7 @@ from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.cells import Cell
 from robench.benchmark.parts import BATCH, slices
-from robench.benchmark.recipe import default_threat
-from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks
+from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, threat_models
 
 CURVE = AttackSpec(name="pgd-20", limit=1000)  # for the figure of accuracy over eps
 CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -93,33 +92,34 @@ class Share:
         return slices(min(attack.limit or images, images), self.shards, step)
 
 
-def request(spec: RunSpec) -> tuple[ThreatModel, tuple[AttackSpec, ...]]:
-    """The threat model and the attacks of a request. Raises UsageError for what they cannot be."""
-    threat = ThreatModel.parse(spec.threat or default_threat(spec.dataset))
+def request(spec: RunSpec) -> tuple[tuple[ThreatModel, ...], tuple[AttackSpec, ...]]:
+    """The threat models and attacks of a request. Raises UsageError for what they cannot be."""
+    threats = threat_models(spec)
     attacks = tuple(attack.at(spec.precision) for attack in spec.attacks)
-    check_attacks(attacks, threat)
-    return threat, attacks
+    check_attacks(attacks, threats)
+    return threats, attacks
 
 
-def pairs(attacks: Sequence[AttackSpec], threat: ThreatModel) -> list[Pair]:
-    """What a network from outside is attacked with."""
-    return [(attack, threat, "table") for attack in attacks]
+def pairs(attacks: Sequence[AttackSpec], threats: Sequence[ThreatModel]) -> list[Pair]:
+    """What a network from outside is attacked with: each attack under each threat model."""
+    return [(attack, threat, "table") for threat in threats for attack in attacks]
 
 
 def cell_pairs(
-    attacks: Sequence[AttackSpec], threat: ThreatModel, *, ranked: bool
+    attacks: Sequence[AttackSpec], threats: Sequence[ThreatModel], *, ranked: bool
 ) -> list[Pair]:
     """What a checkpoint of a cell is attacked with."""
     if not ranked:
-        return pairs((UNRANKED,), threat)
-    return [*pairs(attacks, threat),
-            *((CURVE, threat.scaled(factor), "curve") for factor in CURVE_FACTORS
-              if threat.norm != "Linf" or threat.eps * factor <= 1)]
+        return pairs((UNRANKED,), threats)
+    # The curves of Linf:4/255 and Linf:8/255 have points in common.
+    points = dict.fromkeys(threat.scaled(factor) for threat in threats for factor in CURVE_FACTORS
+                           if threat.norm != "Linf" or threat.eps * factor <= 1)
+    return [*pairs(attacks, threats), *((CURVE, point, "curve") for point in points)]
 
 
 def graph(
     cells: Iterable[Cell], rows: Iterable[Cell], attacks: Sequence[AttackSpec],
-    threat: ThreatModel, images: int, share: Share, known: Known, run: int = 0,
+    threats: Sequence[ThreatModel], images: int, share: Share, known: Known, run: int = 0,
 ) -> list[Task]:
     """The tasks of one request: all cells are trained, the rows among them attacked.
 
@@ -137,7 +137,7 @@ def graph(
     for cell in rows:
         needs = (_train_key(run, cell),)
         for name in cell.checkpoints:
-            chosen = cell_pairs(attacks, threat, ranked=name in cell.ranked)
+            chosen = cell_pairs(attacks, threats, ranked=name in cell.ranked)
             tasks += [task for index, pair in enumerate(chosen)
                       if pair[:2] not in [other[:2] for other in chosen[:index]]
                       for task in attack_tasks(

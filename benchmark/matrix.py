@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robench.attacks.search import Pooled
+from robench.attacks.threat import ThreatModel
 from robench.attacks.union import Union, joint
 from robench.benchmark import facts
 from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
@@ -18,7 +19,7 @@ from robench.benchmark.checkpoints import read_header
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import load_dataset
 from robench.benchmark.earlier import Earlier, Kept
-from robench.benchmark.evaluate import BATCH, Measurement, Target, measure, merged, save_flags
+from robench.benchmark.evaluate import Measurement, Target, measure, merged, save_flags
 from robench.benchmark.examples import Examples
 from robench.benchmark.executors import Request, check_executor, share_of, using, work_ahead
 from robench.benchmark.facts import Subject as Subject
@@ -28,16 +29,14 @@ from robench.benchmark.kept import (
     alike,
     discard,
     kept_record,
-    kept_transfers,
     shard_path,
-    transfers_path,
 )
 from robench.benchmark.parts import Part, attack_part
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment, peak_bytes
+from robench.benchmark.robf import cell_transfers
 from robench.benchmark.sources import Network, load_network, pick_device
-from robench.benchmark.spec import AttackSpec, RunSpec
-from robench.benchmark.transfer import rob_f
+from robench.benchmark.spec import AttackSpec, RunSpec, the_only
 from robench.defenses.trainer import TrainingFailed
 from robench.errors import DiskError, RobenchError, UsageError, one_line
 from robench.files import locked, write_atomic
@@ -113,7 +112,7 @@ class Matrix:
         self.spec, self.reporter = spec, reporter
         check_executor(spec)
         self.device = pick_device(spec.device)
-        self.threat, self.attacks = request(spec)
+        self.threats, self.attacks = request(spec)
         if spec.keep_examples:
             self.check_pooled("keeps no examples")
         self.dataset = load_dataset(
@@ -136,11 +135,16 @@ class Matrix:
     def check_pooled(self, otherwise: str) -> None:
         """Raises UsageError for attacks of other libraries, and under several threat models."""
         for attack in self.attacks:
-            made = attack.build(self.threat)
+            made = attack.build(self.threats[0])
             if not isinstance(made, Pooled):
                 raise UsageError(f"{attack.label} is no attack of robench: it {otherwise}")
             if isinstance(made, Union):
                 raise UsageError(f"{attack.label} has several threat models: it {otherwise}")
+
+    @property
+    def threat(self) -> ThreatModel:
+        """Of what works under one alone. Raises UsageError if there are several."""
+        return the_only(self.threats)
 
     def run(self) -> Results:
         return complete([self.spec], self.reporter, self)
@@ -151,16 +155,17 @@ class Matrix:
 
     def tasks(self, cells: Sequence[Cell], rows: Sequence[Cell], run: int = 0) -> list[Task]:
         """All that there is to do, done or not."""
-        known = Earlier(self.spec, Kept.read(self.spec.out), self.device.type, self.threat,
+        known = Earlier(self.spec, Kept.read(self.spec.out), self.device.type, self.threats,
                         len(self.dataset.train), len(self.dataset.classes), len(self.test),
                         lambda n: [self.test_hash(n)])
-        return graph(cells, rows, self.attacks, self.threat, len(self.test), self.share, known, run)
+        return graph(cells, rows, self.attacks, self.threats, len(self.test), self.share, known,
+                     run)
 
     def summary(self, cells: Sequence[Cell], rows: Sequence[Cell]) -> str:
         finished = sum(cell.result() is not None for cell in cells)
         return (f"{len(rows)} rows, {len(cells)} trainings ({finished} finished before), "
-                f"{len(self.spec.attacks)} attacks at {self.threat} on {len(self.test)} images of "
-                f"{self.spec.dataset}, {self.device}")
+                f"{len(self.spec.attacks)} attacks at {' and '.join(map(str, self.threats))} on "
+                f"{len(self.test)} images of {self.spec.dataset}, {self.device}")
 
     def collect(self, cells: Sequence[Cell], rows: Sequence[Cell]) -> Results:
         """Everything that is there, and what is not there made."""
@@ -191,7 +196,7 @@ class Matrix:
         path = Path(source)
         header = read_header(path) if path.suffix == ".safetensors" else None
         named = header is not None and header.model.name != self.spec.model
-        teacher = load_network(source, self.dataset, self.threat,
+        teacher = load_network(source, self.dataset, self.threats[0],
                                model=None if named else self.spec.model,
                                reporter=self.reporter)
         check_logits(teacher.net, self.test.x[:2], self.test.y)
@@ -212,7 +217,7 @@ class Matrix:
         return train(cell, self.dataset, self.device, self.reporter)
 
     def pairs(self, cell: Cell, name: str) -> list[Pair]:
-        return cell_pairs(self.attacks, self.threat, ranked=name in cell.ranked)
+        return cell_pairs(self.attacks, self.threats, ranked=name in cell.ranked)
 
     def subject(self, cell: Cell, name: str) -> Subject:
         """One checkpoint of a trained cell."""
@@ -378,19 +383,10 @@ class Matrix:
 
     def transfers(self, cell: Cell) -> list[Transfer]:
         """The Rob_f rows of a cell with a peer or a teacher; none for the others."""
-        if not cell.crossed:
-            return []
-        n = len(self.test)
-        path = transfers_path(cell.folder, self.threat, self.test_hash(n))
-        rows = kept_transfers(path)
-        if rows is None:
-            self.measured += 1
-            nets = {name: cell.network(name, self.device)[0] for name in cell.partners}
-            nets |= cell.teacher_networks(self.device)
-            nets["student"] = cell.network(cell.ranked[0], self.device)[0]
-            with self.reporter.task(f"{cell.label}: Rob_f of {', '.join(nets)}"):
-                measured = rob_f(nets, self.test, self.threat, seed=cell.spec.seed,
-                                 batch_size=self.spec.batch_size or BATCH)
-            rows = facts.transfers(cell, measured, self.threat, n, self.test_hash(n))
-            write_atomic(path, "".join(row.model_dump_json() + "\n" for row in rows))
-        return rows
+        found = list[Transfer]()
+        for threat in self.threats if cell.crossed else ():
+            rows, made = cell_transfers(cell, self.test, self.test_hash(len(self.test)), threat,
+                                        self.device, self.spec.batch_size, self.reporter)
+            found += rows
+            self.measured += made
+        return found

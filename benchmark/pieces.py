@@ -1,6 +1,9 @@
 """An attack of the pool on images that may not all be in memory: then piece by piece.
 
-Noise belongs to the image, so the pieces change no verdict of the search.
+Noise belongs to the image, so the pieces change no verdict of the search. They are no shards
+(see `parts`): a piece is as large as the memory, lives in one process, and what is kept of it is
+the state of its search; a shard is as large as was asked for, a task of any machine, and kept as
+the outcome with the counts of its passes. A shard may itself be searched in pieces.
 """
 
 from __future__ import annotations

@@ -42,12 +42,12 @@ class Plan:
                 raise UsageError("plan reads no weights: leave --teacher out, which is then "
                                  "planned as a training")
             data = outline(spec)
-            threat, attacks = request(spec)
+            threats, attacks = request(spec)
             test = min(SMOKE_IMAGES if spec.smoke else spec.limit or data.test, data.test)
-            known = Earlier(spec, kept, device.type, threat, data.train, data.classes, test,
+            known = Earlier(spec, kept, device.type, threats, data.train, data.classes, test,
                             partial(kept.hashes, data.name))
             made, wanted = plan_cells(spec, data, None)
-            tasks += graph(made, wanted, attacks, threat, test, share_of(spec, device), known, run)
+            tasks += graph(made, wanted, attacks, threats, test, share_of(spec, device), known, run)
             cells += [(run, cell) for cell in made]
             rows += len(wanted)
             outlines.append(data)

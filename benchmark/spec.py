@@ -23,7 +23,7 @@ from pydantic import (
 from robench.attacks.base import Attack, make_attack
 from robench.attacks.network import Precision
 from robench.attacks.threat import ThreatModel
-from robench.benchmark.recipe import ModelSpec, explain
+from robench.benchmark.recipe import ModelSpec, default_threat, explain
 from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
 
@@ -131,8 +131,8 @@ class RunSpec(BaseModel):
         defenses, baselines: names; "all" stands for every registered defense. Differences are
             taken to the first baseline.
         model: None means the recipe's.
-        threat: at which networks are attacked, and trained unless the recipe fixes it; None
-            means the data set's.
+        threats: networks are attacked under each of them, and trained at the first unless the
+            recipe fixes what they are trained at; () means the data set's.
         epochs, train: override the recipe; `train` takes any field of TrainConfig.
         options: per defense, override the recipe's options.
         limit: evaluate on the first images of the test split only.
@@ -164,7 +164,7 @@ class RunSpec(BaseModel):
     download: bool = False
     model: str | None = None
     recipe: str = "unified"
-    threat: str | None = None
+    threats: tuple[str, ...] = ()
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     attacks: tuple[AttackSpec, ...] = Field(default=DEFAULT_ATTACKS, min_length=1)
     epochs: int | None = Field(default=None, ge=1)
@@ -197,7 +197,7 @@ class RunSpec(BaseModel):
         return tuple(AttackSpec.parse(item) if isinstance(item, str) else item for item in value)
 
     # The last validator is the first to run.
-    @field_validator("defenses", "baselines", "seeds", "attacks", "logs", mode="before")
+    @field_validator("defenses", "baselines", "seeds", "attacks", "logs", "threats", mode="before")
     @classmethod
     def _one_is_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, int, dict, AttackSpec)) else value
@@ -223,7 +223,7 @@ class RunSpec(BaseModel):
     def create(cls, values: Mapping[str, Any]) -> RunSpec:
         """Validate; raises UsageError in one line, with a suggestion for an unknown key."""
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate(_plural(values))
         except ValidationError as error:
             first = error.errors()[0]
             if first["type"] == "extra_forbidden":
@@ -243,16 +243,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings, one `name: value` a line")
-    values = {_PLURALS.get(name, name): value for name, value in values.items()}
+    values = _plural(values)
     for name in ("train", "options"):
         if not isinstance(values.get(name, {}), dict):
             raise UsageError(f"{path}: {name} must hold settings, not {values[name]!r}")
     return values
 
 
-# A file may name what is repeatable on the command line as it is named there.
+# What is repeatable may be named in a file, and from Python, as it is on the command line.
 _PLURALS = {"defense": "defenses", "baseline": "baselines", "attack": "attacks", "seed": "seeds",
-            "log": "logs"}
+            "log": "logs", "threat": "threats"}
+
+
+def _plural(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_PLURALS.get(name, name): value for name, value in values.items()}
+
 
 # Settings that came when there were trained networks already, and the value that means what was
 # done before: with it a cell keeps its name.
@@ -303,10 +308,39 @@ class CellSpec(BaseModel):
         return digest(content)
 
 
-def check_attacks(attacks: Sequence[AttackSpec], threat: ThreatModel) -> None:
-    """Build every attack once, so that a wrong name is found before anything is run."""
-    labels = [attack.label for attack in attacks]
+def threat_models(spec: RunSpec, usual: str | None = None) -> tuple[ThreatModel, ...]:
+    """Those of a request; where it names none the usual one, by default that of the data set.
+
+    Raises UsageError for what is no threat model, and for one that is named twice.
+    """
+    texts = spec.threats or (usual or default_threat(spec.dataset),)
+    threats = tuple(ThreatModel.parse(text) for text in texts)
+    for threat in threats:
+        if threats.count(threat) > 1:
+            raise UsageError(f"threat model {threat} is listed twice")
+    return threats
+
+
+def the_only(threats: Sequence[ThreatModel]) -> ThreatModel:
+    """For what works under one threat model. Raises UsageError if there are several."""
+    if len(threats) > 1:
+        raise UsageError(f"this takes one threat model: name one of {', '.join(map(str, threats))} "
+                         "with --threat")
+    return threats[0]
+
+
+def check_attacks(attacks: Sequence[AttackSpec], threats: Sequence[ThreatModel]) -> None:
+    """Build every attack under every threat model once, so that what is wrong is found before
+    anything is run. Raises UsageError, with all pairs that there are not."""
+    labels, wrong = [attack.label for attack in attacks], list[str]()
     for attack in attacks:
-        attack.build(threat)
         if labels.count(attack.label) > 1:
             raise UsageError(f"attack {attack.label!r} is listed twice")
+        for threat in threats:
+            try:
+                attack.build(threat)
+            except UsageError as error:
+                where = f"{attack.label} at {threat}: " if len(threats) > 1 else ""
+                wrong.append(f"{where}{error}")
+    if wrong:
+        raise UsageError("; ".join(dict.fromkeys(wrong)))

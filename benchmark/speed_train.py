@@ -27,7 +27,7 @@ from robench.benchmark.provenance import environment
 from robench.benchmark.recipe import default_threat
 from robench.benchmark.references import csv_text, machine
 from robench.benchmark.sources import pick_device
-from robench.benchmark.spec import RunSpec
+from robench.benchmark.spec import RunSpec, the_only, threat_models
 from robench.defenses import Moment, make_defense
 from robench.defenses.base import Defense, take_step
 from robench.defenses.fast import View, accelerated
@@ -156,7 +156,7 @@ def _case(spec: RunSpec, batch_size: int, steps: int, device: torch.device) -> C
         name, train, augment = "random images", Images(pixels / 255, labels), Augment(4, True)
         classes, usual = 10, "Linf:8/255"
     chosen = train.select(torch.arange((steps + 1) * batch_size) % len(train)).to(device)
-    threat = ThreatModel.parse(spec.threat or usual)
+    threat = the_only(threat_models(spec, usual))
     return Case(name, chosen.held(), augment, classes, spec.model or MODEL, threat, batch_size)
 
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -62,6 +64,18 @@ def _seed() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def robustbench() -> ModuleType:
+    """The package. Not installed, it is skipped; installed but of no use, it is an error."""
+    try:
+        distribution("robustbench")
+    except PackageNotFoundError:
+        pytest.skip('robustbench is not installed: pip install "robench[zoo]"')
+    from robench.benchmark.zoo.package import import_robustbench
+
+    return import_robustbench()
 
 
 @pytest.fixture(scope="session")

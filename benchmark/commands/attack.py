@@ -60,10 +60,13 @@ def evaluate(
 
 
 def of_eval(*names: str) -> list[click.Parameter]:
-    """The options that mean what they mean for `eval`."""
-    names = ("config", "dataset", "data_root", "download", "model", "threat", "device", "seed",
+    """The options that mean what they mean for `eval`, and one threat model."""
+    names = ("config", "dataset", "data_root", "download", "model", "device", "seed",
              "memory_limit", "zoo", "quiet", *names)
-    return [parameter for parameter in evaluate.params if parameter.name in names]
+    one = click.Option(["--threat", "threats"], metavar="NORM:EPS",
+                       help="For example Linf:8/255 or L2:0.5.")
+    return [one if parameter.name == "threats" else parameter
+            for parameter in evaluate.params if parameter.name in ("threats", *names)]
 
 
 @click.command(params=of_eval("sources", "precision"), epilog="""\b

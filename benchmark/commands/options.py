@@ -35,7 +35,9 @@ def shared(*, several: bool = False) -> Callable[[F], F]:
                      "[default: half of the memory]"),
         click.option("--model", metavar="NAME", multiple=several,
                      help=f"{again}a registered model or package.module:factory."),
-        click.option("--threat", metavar="NORM:EPS", help="For example Linf:8/255 or L2:0.5."),
+        click.option("--threat", "threats", multiple=True, metavar="NORM:EPS",
+                     help="Repeatable: Linf:8/255, L2:0.5 or L1:12. Every attack is run under "
+                     "each; defenses are trained at the first. See docs/zoo.md."),
         click.option("--attack", "attacks", multiple=True, metavar="NAME[,key=value...]",
                      help="Repeatable. For example pgd-50, pgd,restarts=5, "
                      "torchattacks:MIFGSM, autoattack,limit=1000.  "
@@ -105,11 +107,11 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def integers(text: str) -> tuple[int, ...]:
+def integers(text: str, option: str = "--seeds") -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--seeds {text}: write whole numbers, for example 0,1,2") from None
+        raise UsageError(f"{option} {text}: write whole numbers, for example 0,1,2") from None
 
 
 def show(results: Any, values: dict[str, Any]) -> None:

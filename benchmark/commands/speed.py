@@ -1,4 +1,4 @@
-"""robench speed attack and train."""
+"""robench speed attack, train and scale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from robench.benchmark.commands.attack import of_eval
-from robench.benchmark.commands.options import values_of
+from robench.benchmark.commands.options import integers, values_of
 
 
 @click.group()
@@ -87,3 +87,37 @@ def train(
     click.echo(speed_train(spec, batch_size=batch_size, steps=steps, repeats=repeats,
                            threads=threads, quiet=quiet), nl=False)
     click.echo(f"wrote {spec.out}/speed-train.md and .csv", err=True)
+
+
+@speed.command(params=[option for option in of_eval("limit", "batch_size")
+                       if option.name != "zoo"], epilog="""\b
+Examples:
+  robench speed scale
+  robench speed scale --tasks 200 --shards 1,4 --attack pgd-20 --limit 100
+""")
+@click.option("--tasks", type=click.IntRange(min=2), default=1000, show_default=True, metavar="N",
+              help="At most so many for each executor, which find their files.")
+@click.option("--shards", default="1,2,4,8", show_default=True, metavar="LIST",
+              help="Numbers of shards of the attack.")
+@click.option("--attack", default="autoattack", show_default=True, metavar="NAME[,key=value...]",
+              help="The one that is cut into shards.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
+              help="Runs of each, in turn.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Of torch, in each process.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where speed-scale.csv, .md, .png and .svg go, and what was trained.  "
+              "[default: runs/speed-scale]")
+def scale(
+    tasks: int, shards: str, attack: str, repeats: int, quiet: bool, **given: Any
+) -> None:
+    """Time what executors and shards take besides the work: seconds for each task and shard."""
+    values = {"out": Path("runs/speed-scale"), **values_of({**given, "attacks": (attack,)})}
+
+    from robench.benchmark.spec import RunSpec
+    from robench.benchmark.speed_scale import speed_scale
+
+    spec = RunSpec.create(values)
+    click.echo(speed_scale(spec, tasks=tasks, shards=integers(shards, "--shards"),
+                           repeats=repeats, quiet=quiet), nl=False)
+    click.echo(f"wrote {spec.out}/speed-scale.md, .csv, .png and .svg", err=True)

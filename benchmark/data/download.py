@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import shutil
@@ -10,7 +9,6 @@ import ssl
 import tarfile
 import time
 import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from robench.benchmark.ranged import checksum, extent, opened, received, size_of
 from robench.errors import DiskError, RobenchError, one_line
 from robench.files import locked
 
-TRIES, PAUSE, TIMEOUT, BLOCK = 3, 1.0, 30.0, 2**20
+TRIES, PAUSE = 3, 1.0  # attempts that bring nothing; seconds between them
 BROKEN = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
           urllib.error.URLError)
 # What a task is called -> the place where (share done, text) is told about it.
@@ -78,14 +77,14 @@ def _download(archive: Archive, file: Path, update: Callable[[float, str], None]
     for url in archive.urls * 2:  # once more: a wrong place may have spoilt what a right one sent
         vain = 0
         while vain < TRIES:
-            before = _size(part)
+            before = size_of(part)
             try:
                 if before < archive.size:
                     _go_on(archive, url, part, update)
-                if _size(part) == archive.size and _matches(archive, part):
+                if size_of(part) == archive.size and _matches(archive, part):
                     os.replace(part, file)
                     return
-                if _size(part) >= archive.size:
+                if size_of(part) >= archive.size:
                     raise _Wrong("it sent other bytes than were published")
                 reasons[url] = "it closed the connection too early"
             except _Wrong as error:
@@ -96,7 +95,7 @@ def _download(archive: Archive, file: Path, update: Callable[[float, str], None]
                 reasons[url] = one_line(error)
                 if isinstance(error, urllib.error.HTTPError):
                     break
-            vain = 0 if _size(part) > before else vain + 1
+            vain = 0 if size_of(part) > before else vain + 1
             time.sleep(PAUSE * vain)
     told = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
     raise RobenchError(f"could not download {archive.name} ({told}); try again, or fetch it by "
@@ -105,34 +104,19 @@ def _download(archive: Archive, file: Path, update: Callable[[float, str], None]
 
 def _go_on(archive: Archive, url: str, part: Path, update: Callable[[float, str], None]) -> None:
     """Read on from what is there, until the end or an error."""
-    have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        whole = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status == 200:  # the place cannot go on: from the beginning
-            have, whole = 0, response.headers.get("Content-Length", "")
-        if whole.isdecimal() and int(whole) != archive.size:
-            raise _Wrong(f"it has {int(whole):,} bytes, not {archive.size:,}")
-        with part.open("ab" if have else "wb") as out:
-            while block := response.read(BLOCK):
-                out.write(block)
-                have += len(block)
-                if have > archive.size:
-                    raise _Wrong(f"it has more than {archive.size:,} bytes")
-                update(have / archive.size, f"{have / 2**20:,.0f} MB from {url.split('/')[2]}")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+    begun = size_of(part)
+    with opened(url, begun) as response:
+        start, whole = extent(response, begun)
+        if whole not in (None, archive.size):
+            raise _Wrong(f"it has {whole:,} bytes, not {archive.size:,}")
+        for have in received(response, part, start):
+            if have > archive.size:
+                raise _Wrong(f"it has more than {archive.size:,} bytes")
+            update(have / archive.size, f"{have / 2**20:,.0f} MB from {url.split('/')[2]}")
 
 
 def _matches(archive: Archive, file: Path) -> bool:
-    if _size(file) != archive.size:
-        return False
-    with file.open("rb") as content:
-        # Published as MD5: it tells damage and other files, which is what is asked here.
-        digest = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False))
-    return digest.hexdigest() == archive.md5
+    return size_of(file) == archive.size and checksum(file, "md5") == archive.md5
 
 
 def _unpack(file: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from robench.benchmark.data.registry import Request
 from robench.benchmark.data.streams import Bytes
@@ -15,6 +16,7 @@ from robench.errors import UsageError, one_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 GREY, COLOR = ("1", "L"), ("P", "RGB")
+Labels = npt.NDArray[np.int64]
 INTERPOLATIONS = ("bilinear", "bicubic")  # of Pillow, which smooths where it makes smaller
 
 
@@ -96,6 +98,17 @@ class Files:
 
     def read(self, rows: Sequence[int]) -> Bytes:
         return np.stack([self.look(self.files[row]) for row in rows])
+
+
+def grouped(groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Labels, Labels]:
+    """(files, group of each, a random order) of groups of files, one for each class.
+
+    They lie sorted by class; in that order, which is always the same, the first n are a fair
+    sample. Labels (N,) and order (N,) are int64.
+    """
+    labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    order = np.random.RandomState(0).permutation(len(labels))
+    return tuple(file for group in groups for file in group), labels, order
 
 
 def headers(files: Sequence[str]) -> list[tuple[tuple[int, int], str]]:

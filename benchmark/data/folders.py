@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from robench.benchmark.data.files import COLOR, GREY, Files, Look, by_class, headers
+from robench.benchmark.data.files import COLOR, GREY, Files, Look, by_class, grouped, headers
 from robench.benchmark.data.images import Augment, Dataset, Images
 from robench.benchmark.data.registry import DATASETS, Request
 from robench.errors import UsageError
@@ -56,10 +54,7 @@ def imagenet(request: Request) -> Dataset:
 
 
 def _images(request: Request, look: Look, groups: Sequence[Sequence[str]]) -> Images:
-    """Groups of files, one for each class. Shuffled, so that the first n are a fair sample."""
-    labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    order = np.random.RandomState(0).permutation(len(labels))
-    files = tuple(file for group in groups for file in group)
+    files, labels, order = grouped(groups)
     return request.images(Files(files, look), labels[order], order)
 
 

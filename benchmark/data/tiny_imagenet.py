@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from robench.benchmark.data.download import Archive, fetched
-from robench.benchmark.data.files import Files, Look, headers
+from robench.benchmark.data.files import Files, Look, grouped, headers
 from robench.benchmark.data.images import Augment, Dataset
 from robench.benchmark.data.registry import DATASETS, Request
 from robench.errors import UsageError
@@ -59,13 +59,12 @@ def tiny_imagenet(request: Request) -> Dataset:
         raise UsageError(f"{folder} is damaged: class {(faults or wnids)[0]!r} of wnids.txt, "
                          "train/ and val/val_annotations.txt do not fit together")
     look = Look(headers(trained[0][:1])[0][0][0])
-    owners = np.repeat([label[wnid] for wnid in wnids], [len(files) for files in trained])
-    # The files are sorted by class; shuffled, the first n are a fair sample.
-    shuffled = np.random.RandomState(0).permutation(len(owners))
-    train = Files(tuple(file for files in trained for file in files), look)
+    files, owners, shuffled = grouped(trained)
+    labels = np.array([label[wnid] for wnid in wnids])[owners]
+    train = Files(files, look)
     test = Files(tuple(file for file, _ in tested), look)
     return request.dataset(
-        request.images(train, owners[shuffled], shuffled),
+        request.images(train, labels[shuffled], shuffled),
         request.images(test, [label[wnid] for _, wnid in tested]),
         name=name, classes=_names(list(label), words), augment=Augment(pad=4, flip=True),
     )

@@ -125,17 +125,21 @@ def _relayed(ray: Any, reporter: Reporter) -> Iterator[_Messages]:
 
 
 class _Ending:
-    """A queue that ends with the cluster."""
+    """A queue that ends with the cluster, and says so."""
 
     def __init__(self, queue: Any) -> None:
-        self._queue = queue
+        self._queue, self._gone = queue, False
 
     def get(self) -> Message:
+        if self._gone:
+            return "end", None, None, None
         try:
             message: Message = self._queue.get()
             return message
-        except Exception:  # the cluster is gone
-            return "end", None, None, None
+        except Exception as error:  # of all kinds: a lost actor, a lost connection
+            self._gone = True
+            return ("warn", None, "no progress is shown from here on: Ray's queue is gone "
+                    f"({one_line(error)})", None)
 
 
 def _perform(

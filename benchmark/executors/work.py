@@ -60,11 +60,11 @@ class Worker:
                 subject = matrix.subject(cell, task.checkpoint)
             else:
                 subject = outside(matrix, load_network(
-                    task.owner, matrix.dataset, matrix.threat, model=matrix.spec.model,
+                    task.owner, matrix.dataset, matrix.threats[0], model=matrix.spec.model,
                     zoo=self._request.zoo))
             last = self._subject = task, subject
         if cell is None:
-            seed, chosen = matrix.spec.seeds[0], pairs(matrix.attacks, matrix.threat)
+            seed, chosen = matrix.spec.seeds[0], pairs(matrix.attacks, matrix.threats)
         else:
             seed, chosen = cell.spec.seed, matrix.pairs(cell, task.checkpoint)
         subject, pair = last[1], chosen[task.pair]

@@ -8,8 +8,6 @@ the file can be read as weights, and after an interruption the checksums inside 
 
 from __future__ import annotations
 
-import hashlib
-import re
 import zipfile
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -17,15 +15,13 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urljoin
-from urllib.request import Request, urlopen
 
+from robench.benchmark.ranged import BLOCK, checksum, extent, opened, received, size_of
 from robench.errors import DiskError, RobenchError, one_line
 from robench.files import locked
 
 DRIVE = "https://drive.usercontent.google.com/download"
 BY_HAND = "https://drive.google.com/file/d/{id}"
-CHUNK = 2**20
-TIMEOUT = 60.0  # seconds without an answer
 Progress = Callable[[float, str], None]  # share done in [0, 1], what to say about it
 
 
@@ -59,25 +55,19 @@ def fetch(
         except RobenchError:
             part.unlink(missing_ok=True)
             raise
-        digest = _sha256(part)
+        digest = checksum(part, "sha256")
         part.replace(path)
     return digest
 
 
 def _download(drive_id: str, part: Path, progress: Progress) -> bool:
     """Bring `part` to its full length. Returns whether it was begun earlier."""
-    begun = part.stat().st_size if part.exists() else 0
-    response = _open(drive_id, part, begun)
-    with response:
-        start, total = _range(response, begun)
-        with part.open("r+b" if start else "wb") as file:
-            file.seek(start)
-            file.truncate()
-            done = start
-            while block := response.read(CHUNK):
-                file.write(block)
-                done += len(block)
-                progress(done / total if total else 0.0, f"{done / 1e6:,.0f} MB")
+    begun = size_of(part)
+    with _open(drive_id, part, begun) as response:
+        start, total = extent(response, begun)
+        done = start
+        for done in received(response, part, start):
+            progress(done / total if total else 0.0, f"{done / 1e6:,.0f} MB")
     if total is not None and done != total:
         raise _failed(drive_id, part.with_suffix(""), f"only {done:,} of {total:,} bytes came; run "
                       "it again to go on")
@@ -88,9 +78,8 @@ def _open(drive_id: str, part: Path, begun: int) -> HTTPResponse:
     """The answer that holds the file, of the page that asks for a confirmation if there is one."""
     url = f"{DRIVE}?{urlencode({'id': drive_id, 'export': 'download', 'confirm': 't'})}"
     for _ in range(2):
-        headers = {"User-Agent": "robench"} | ({"Range": f"bytes={begun}-"} if begun else {})
         try:
-            response: HTTPResponse = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+            response = opened(url, begun)
         except HTTPError as error:
             error.close()
             if error.code == 416 and begun:  # nothing is left, or it is another file now
@@ -101,7 +90,7 @@ def _open(drive_id: str, part: Path, begun: int) -> HTTPResponse:
         if response.headers.get_content_type() != "text/html":
             return response
         with response:
-            page = Page.read(response.read(CHUNK))
+            page = Page.read(response.read(BLOCK))
         if page.form is None:
             break
         url = f"{urljoin(url, page.form)}?{urlencode(page.hidden)}"
@@ -109,15 +98,6 @@ def _open(drive_id: str, part: Path, begun: int) -> HTTPResponse:
             break
     raise _failed(drive_id, part.with_suffix(""), f"the answer is a web page, no weights: "
                   f"{page.message or 'it says nothing'}")
-
-
-def _range(response: HTTPResponse, begun: int) -> tuple[int, int | None]:
-    """(where the answer begins, the length of the whole file if it is told)."""
-    told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-    if response.status == 206 and told and int(told[1]) == begun:
-        return begun, int(told[2])
-    length = response.headers.get("Content-Length")
-    return 0, int(length) if length is not None else None
 
 
 class Page(HTMLParser):
@@ -165,11 +145,6 @@ def _sound(path: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, OSError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _failed(drive_id: str, path: Path, reason: str) -> RobenchError:

@@ -19,7 +19,14 @@ from robench.benchmark.examples import Examples
 from robench.benchmark.kept import kept_record, kept_survey, kept_transfers
 from robench.benchmark.recipe import ModelSpec
 from robench.benchmark.sources import load_network
-from robench.benchmark.spec import AttackSpec, RunSpec, check_attacks, parse_value, read_config
+from robench.benchmark.spec import (
+    AttackSpec,
+    RunSpec,
+    check_attacks,
+    parse_value,
+    read_config,
+    threat_models,
+)
 from robench.errors import RobenchError
 from robench.files import pack_arrays
 from robench.randomness import seeded
@@ -88,7 +95,7 @@ def make_cases(folder: Path) -> dict[str, Case]:
 
     def config(path):
         spec = RunSpec.create(read_config(path))
-        check_attacks(spec.attacks, ThreatModel.parse(spec.threat or "Linf:0.1"))
+        check_attacks(spec.attacks, threat_models(spec))
 
     def texts(path):
         text = path.read_bytes().decode(errors="replace")

@@ -3,10 +3,9 @@
 import hashlib
 import io
 import tarfile
-import threading
 import zipfile
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -28,20 +27,19 @@ CONTENT = zipped(**{"set/a.txt": "a" * 5000, "set/deep/b.txt": "b" * 3000})
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/good, /plain (knows no ranges), /wrong, /small, /gone, and /breaks (after 1,000 bytes)."""
+    """/good, /wrong, /small, /gone, and /breaks (after 1,000 bytes)."""
 
     def do_GET(self):
-        self.server.asked.append((self.path, self.headers.get("Range")))
-        name, content = self.path.strip("/"), self.server.content
-        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        asked = self.headers.get("Range")
+        type(self).asked.append((self.path, asked))
+        name, content = self.path.strip("/"), type(self).content
+        begin = int((asked or "bytes=0-")[6:-1])
         if name == "wrong":
             content = bytes(len(content))
         if name == "small":
             content = content[:-1]
         if name == "gone":
             return self.send_error(404)
-        if name == "plain":
-            begin = 0
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
@@ -55,22 +53,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, serving):
+    """The handler: where it is, what it was asked for, and what it has."""
     monkeypatch.setattr(download, "PAUSE", 0.0)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.content = [], CONTENT
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    handler = type("Handler", (Handler,), {"asked": [], "content": CONTENT})
+    handler.place = serving(handler)
+    return handler
 
 
 def archive(server, *places: str, name: str = "set.zip") -> Archive:
-    host = f"http://127.0.0.1:{server.server_port}"
     return Archive(name, len(server.content),
                    hashlib.md5(server.content, usedforsecurity=False).hexdigest(),
-                   tuple(f"{host}/{place}" for place in places))
+                   tuple(f"{server.place}/{place}" for place in places))
 
 
 TOLD: list[tuple[float, str]] = []
@@ -114,12 +108,6 @@ def test_the_next_place_is_tried(server, tmp_path, bad):
     fetch(server, tmp_path, bad, "good")
     assert [path for path, _ in server.asked] == [f"/{bad}", "/good"]
     assert (tmp_path / "set" / "a.txt").read_text() == "a" * 5000
-
-
-def test_a_place_without_ranges_begins_anew(server, tmp_path):
-    (tmp_path / "set.zip.part").write_bytes(b"?" * 500)
-    fetch(server, tmp_path, "plain")
-    assert (tmp_path / "set" / "a.txt").exists()
 
 
 def test_a_part_of_something_else_is_thrown_away(server, tmp_path):

@@ -3,9 +3,8 @@
 import json
 import os
 import sys
-import threading
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -235,24 +234,15 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(tmp_path, monkeypatch, serving):
     """The files on a local server that plays the Hub: hub["org/net", "model.safetensors"]."""
     client = pytest.importorskip("huggingface_hub")
     handler = type("Handler", (Hub,), {"files": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_ENDPOINT", serving(handler))
     monkeypatch.setattr(client.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", False)
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
     yield handler.files
     client.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 @pytest.fixture

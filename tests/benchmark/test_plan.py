@@ -225,7 +225,7 @@ def test_shards_share_the_time_of_their_attack(tmp_path, job):
         training = staticmethod(lambda cell: Estimate(7.0))
         attack = staticmethod(lambda cell, pair, images: Estimate(10.0))
 
-    tasks = graph(cells, rows, spec.attacks, ThreatModel("Linf", 0.2), 10, Share(shards=3),
+    tasks = graph(cells, rows, spec.attacks, [ThreatModel("Linf", 0.2)], 10, Share(shards=3),
                   Known())
     (whole,) = [t for t in tasks if t.label == "trades seed 0 best: fgsm at Linf:0.2"]
     shards = [t for t in tasks if t.key in whole.needs and t.kind == "shard"]

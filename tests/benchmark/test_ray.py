@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from robench.benchmark.executors import check_executor
+from robench.benchmark.executors import ray as ray_executor
+from robench.benchmark.progress import Reporter
 from robench.benchmark.spec import RunSpec
 from robench.errors import UsageError
 from robench.reports.store import load
@@ -140,6 +142,17 @@ def test_a_node_that_is_killed_costs_time_alone(tmp_path, command, nodes, traine
     assert len(one[0]) > 10 and {record["threads"] for record in one[0]} == {1}
     assert "Traceback" not in err
     assert "train " in err  # progress of the workers; at least what was killed took a second
+
+
+def test_a_lost_queue_is_told_in_one_line(capfd):
+    class Lost:
+        def get(self):
+            raise ConnectionError("the actor died\nTraceback of its own")
+
+    Reporter(quiet=True).relay(ray_executor._Ending(Lost()))
+    _, err = capfd.readouterr()
+    assert " ".join(err.split()).startswith(
+        "warning: no progress is shown from here on: Ray's queue is gone (")
 
 
 def test_without_ray_there_is_one_line(monkeypatch):

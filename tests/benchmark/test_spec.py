@@ -97,17 +97,17 @@ def test_wrong_attack_texts(text, message):
     ],
 )
 def test_wrong_attacks_are_found_before_anything_runs(text, message):
-    assert message in refused(check_attacks, [AttackSpec.parse(text)], THREAT)
+    assert message in refused(check_attacks, [AttackSpec.parse(text)], [THREAT])
 
 
 def test_the_same_attack_twice():
     attacks = [AttackSpec.parse(t) for t in ("fgsm", "pgd,steps=3", "pgd,limit=5,steps=3")]
-    check_attacks(attacks[:2], THREAT)
-    assert "'pgd,steps=3' is listed twice" in refused(check_attacks, attacks, THREAT)
+    check_attacks(attacks[:2], [THREAT])
+    assert "'pgd,steps=3' is listed twice" in refused(check_attacks, attacks, [THREAT])
 
 
 def test_the_default_attacks_exist():
-    check_attacks(DEFAULT_ATTACKS, THREAT)
+    check_attacks(DEFAULT_ATTACKS, [THREAT])
 
 
 # Values and configuration files

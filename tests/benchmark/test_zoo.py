@@ -27,12 +27,7 @@ NAME = "Sehwag2021Proxy_R18"  # a ResNet-18 with the CIFAR stem, the same as rob
 THREAT = ThreatModel("Linf", 8 / 255)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _robustbench():
-    try:
-        package.import_robustbench()
-    except UsageError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("robustbench")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import hashlib
 import importlib
 import io
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -18,7 +17,6 @@ from robench.benchmark.sources import load_network
 from robench.benchmark.zoo import fetch as drive
 from robench.benchmark.zoo.fetch import Page, fetch
 from robench.benchmark.zoo.load import load_robustbench
-from robench.benchmark.zoo.package import import_robustbench
 from robench.errors import DiskError, RobenchError, UsageError
 
 NAME = "Sehwag2021Proxy_R18"
@@ -53,7 +51,7 @@ class Drive(BaseHTTPRequestHandler):
         size, headers = len(kind.content), {"Content-Type": "application/octet-stream"}
         if start >= size:
             return self.send_error(416)
-        if wanted and kind.mode != "no-range":
+        if wanted:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             return self.reply(206, kind.content[start:], headers)
         return self.reply(200, kind.content, headers)
@@ -71,20 +69,11 @@ class Drive(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, serving):
     """The handler, whose `mode` and `content` the test sets."""
     handler = type("Handler", (Drive,), {"requests": []})
-    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-    thread.start()
-    monkeypatch.setattr(drive, "DRIVE", f"http://127.0.0.1:{running.server_port}/download")
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    yield handler
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    monkeypatch.setattr(drive, "DRIVE", f"{serving(handler)}/download")
+    return handler
 
 
 def packed(value, **options):
@@ -148,14 +137,13 @@ def test_no_server(tmp_path, server, monkeypatch):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("again", ["good", "no-range"])
-def test_an_interrupted_download_goes_on(server, tmp_path, again):
+def test_an_interrupted_download_goes_on(server, tmp_path):
     server.content, server.mode = packed({"w": torch.randn(50_000)}), "short"
     size, half = len(server.content), len(server.content) // 2
     message = failure(tmp_path / "a.pt")
     assert f"only {half:,} of {size:,} bytes came; run it again to go on" in message
     assert files(tmp_path) == ["a.pt.part"]  # which nobody takes for weights
-    server.mode = again
+    server.mode = "good"
     fetch("the-id", tmp_path / "a.pt", good)
     assert [wanted for _, wanted in server.requests] == [None, f"bytes={half}-"]
     assert (tmp_path / "a.pt").read_bytes() == server.content and files(tmp_path) == ["a.pt"]
@@ -206,14 +194,6 @@ def test_what_a_page_says():
 
 
 @pytest.fixture(scope="module")
-def _robustbench():
-    try:
-        import_robustbench()
-    except UsageError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def weights():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -221,7 +201,7 @@ def weights():
 
 
 def test_weights_that_are_not_there_are_downloaded_once(
-    _robustbench, server, tmp_path, weights, capfd
+    robustbench, server, tmp_path, weights, capfd
 ):
     from robench.benchmark.progress import Reporter
 
@@ -256,7 +236,7 @@ class Evil:
     (b"neither a page nor weights", RobenchError, "it is damaged, or no file of weights"),
 ])
 def test_what_is_downloaded_must_be_weights(
-    _robustbench, server, tmp_path, content, kind, message
+    robustbench, server, tmp_path, content, kind, message
 ):
     server.content = content
     with pytest.raises(kind, match=message) as error:

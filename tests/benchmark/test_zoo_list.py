@@ -121,18 +121,7 @@ def test_models_that_are_not_there(fake):
 # The installed one
 
 
-@pytest.fixture(scope="module")
-def _installed():
-    try:
-        zoo_models()
-    except UsageError as error:
-        pytest.skip(str(error))
-
-
-def test_all_models_of_the_installed_package_are_listed(_installed):
-    from robench.benchmark.zoo.package import import_robustbench
-
-    import_robustbench()
+def test_all_models_of_the_installed_package_are_listed(robustbench):
     models = importlib.import_module("robustbench.model_zoo").model_dicts
     loadable = {(data.value, threat.value, name) for data, threats in models.items()
                 for threat, some in threats.items() if threat.value != "corruptions_3d"
@@ -142,7 +131,7 @@ def test_all_models_of_the_installed_package_are_listed(_installed):
     assert all(m.architecture and m.clean is not None and m.robust is not None for m in listed)
 
 
-def test_the_command(_installed, robench):
+def test_the_command(robustbench, robench):
     done = robench("zoo", "list", "--dataset", "cifar10", "--threat", "L2:0.5")
     assert (done.code, done.err) == (0, "")
     line = next(line for line in done.out.splitlines() if "Rony2019Decoupling" in line)
