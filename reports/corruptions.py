@@ -105,8 +105,8 @@ def corruption_boards(results: Results) -> list[Board]:
                 for line in lines.to_dict("records"))))
         boards.append(Board(title, tuple(columns), facts=(
             f"Accuracy on {first['n']:,} images in each version, mean over the severities",
-            _mean_of(averaged), f"Seeds: {' or '.join(map(str, sorted(set(group['seeds']))))}; "
-            "± is the standard deviation over seeds",
+            _mean_of(averaged), f"Seeds: {' or '.join(map(str, sorted(set(group['seeds']))))}"
+            + ("; ± is the standard deviation over seeds" if (group["seeds"] > 1).any() else ""),
             f"Images: sha256 {first['images'][:12]}")))
     return boards
 

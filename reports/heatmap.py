@@ -47,8 +47,9 @@ def heat_map(
     axes.set_xticks(range(len(columns)), [shorten(name) for name in columns], rotation=40,
                     ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [shorten(name) for name in rows])
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect=height / width,
-             xlabel=labels[0], ylabel=labels[1], title=shorten(title, 80))
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=labels[0],
+             ylabel=labels[1], title=shorten(title, 80),
+             aspect="equal" if width == height else "auto")
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
