@@ -29,7 +29,8 @@ from robench.reports.store import RECORDS, load, save
 SRC = Path(__file__).parents[2] / "src"
 # What two runs of the same job may differ in.
 RECORD_CLOCK = {"created", "seconds", "train_seconds", "teacher_seconds", "peak_bytes"}
-CLOCK = {"results.jsonl": RECORD_CLOCK, "transfer.jsonl": set(), "training.jsonl": {"seconds"}}
+CLOCK = {"results.jsonl": RECORD_CLOCK, "transfer.jsonl": {"created"},
+         "training.jsonl": {"created", "seconds"}}
 BOARD_CLOCK = {"train_seconds", "train_and_teacher_seconds"}
 CURVE = 6  # points of the accuracy-over-eps figure
 
