@@ -91,7 +91,8 @@ def made_up(predicted, make_record, make_transfer, make_epoch, make_steps, make_
     records += [make_record(**known, role="curve"),
                 make_record(**known, ranked=False, checkpoint="last", source=HOSTILE, notes=("",)),
                 make_record(**known, attack="fgsm", status="failed", error=HOSTILE, n_robust=0)]
-    records += [make_record(**known, defense_config={"option": value}, seed=seed)
+    records += [make_record(**{**known, "dataset": HOSTILE}, defense_config={"option": value},
+                            seed=seed, weights_sha256=f"{value} {seed}")
                 for value in (HOSTILE, None) for seed in (0, 1)]
     survey = make_steps(**known, run="r", source=HOSTILE)
     facts = survey.model_dump(exclude={"fell_at", "n_correct", "attack_seed"})
