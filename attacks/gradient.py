@@ -85,6 +85,11 @@ class PGD(Ascending):
     def name(self) -> str:
         return "pgd"
 
+    @property
+    def size(self) -> float:
+        """Of a step, in the unit of eps."""
+        return self.threat.eps / 4 if self.step_size is None else self.step_size
+
     def begin(self, units: Units) -> State:
         x = units.x
         start = self.threat.sample(x, units.noise(0)) if self.start == "uniform" else x.clone()
@@ -97,8 +102,7 @@ class PGD(Ascending):
             mean = grad.abs().mean(dim=(1, 2, 3), keepdim=True)
             grad = self.momentum * state["velocity"] + grad / mean.clamp_min(1e-30)
             state["velocity"] = grad
-        size = self.threat.eps / 4 if self.step_size is None else self.step_size
-        moved = x_adv + size * self.threat.ascent(grad)
+        moved = x_adv + self.size * self.threat.ascent(grad)
         state["x_adv"] = self.threat.project(moved, units.x)
         return Step(x_adv, cw_margin(logits, units.y))
 

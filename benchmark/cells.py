@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from robench.benchmark.models import MODELS, source_hash
 from robench.benchmark.outline import Outline
 from robench.benchmark.probe import advice
 from robench.benchmark.progress import EpochWatcher, Message, Remote, Reporter, Update, relayed
+from robench.benchmark.provenance import now
 from robench.benchmark.recipe import (
     ModelSpec,
     Settings,
@@ -32,13 +32,13 @@ from robench.benchmark.recipe import (
     settings_for,
     train_config,
 )
+from robench.benchmark.result import Result
 from robench.benchmark.sources import Network, pick_device
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.benchmark.transfer import rob_f_shares
 from robench.defenses.base import DEFENSES, Defense, Moment, make_defense, options_of
 from robench.defenses.config import TrainConfig
 from robench.defenses.distributed import Team, check_splits
-from robench.defenses.history import STUDENT, EpochLog, catastrophic_epoch, robust_overfitting
 from robench.defenses.launch import check_devices, launch
 from robench.defenses.trainer import ALONE, TrainingFailed, Watcher, fit
 from robench.errors import UsageError
@@ -94,9 +94,7 @@ class Cell:
         """What the finished training left; None if it is not finished."""
         path = self.folder / "done.json"
         try:
-            content = json.loads(path.read_text())
-            history = [EpochLog.read(log) for log in content["history"]]
-            return Result(float(content["seconds"]), history, int(content.get("devices", 1)))
+            return Result.read(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
         except Exception:  # damaged bytes may raise anything in a parser
@@ -126,23 +124,6 @@ class Cell:
             if isinstance(teacher, Cell)
             else teacher.net.to(device)
             for name, teacher in self.teachers.items()
-        }
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished training. `devices` trained it together."""
-
-    seconds: float
-    history: list[EpochLog] = field(default_factory=list)
-    devices: int = 1
-
-    def overfitting(self, checkpoint: str) -> dict[str, Any]:
-        """The facts of a record on the network behind a checkpoint; None for partners."""
-        of = STUDENT if checkpoint in ("best", "last") else checkpoint.removesuffix("-last")
-        return {
-            "robust_overfitting": robust_overfitting(self.history, of),
-            "catastrophic_epoch": catastrophic_epoch(self.history) if of == STUDENT else None,
         }
 
 
@@ -380,9 +361,8 @@ def _train(
         raise TrainingFailed(f"out of memory with batches of {config.batch_size}; "
                              + advice(cell.spec, cell.defense, networks, (data.x, data.y)))
     if team.leads:
-        keeper.write_json("done.json", {"seconds": sum(log.seconds for log in history),
-                                        "history": [asdict(log) for log in history],
-                                        "devices": cell.devices})
+        seconds = sum(log.seconds for log in history)
+        keeper.write_json("done.json", asdict(Result(seconds, history, cell.devices, now())))
         (cell.folder / "state.pt").unlink(missing_ok=True)  # large, and of no more use
 
 

@@ -13,7 +13,6 @@ from robench.benchmark.data import Images
 from robench.benchmark.examples import Examples
 from robench.benchmark.executors import Request, using, work_ahead
 from robench.benchmark.graph import Estimate, Task, attack_tasks, pairs
-from robench.benchmark.kept import alike
 from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
@@ -21,6 +20,7 @@ from robench.benchmark.spec import RunSpec
 from robench.errors import Partial, RobenchError
 from robench.files import locked
 from robench.reports import render
+from robench.reports.compare import alike
 from robench.reports.judge import judged
 from robench.reports.record import Record
 from robench.reports.store import RECORDS, Results, anchored, load

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.base import frozen
+from robench.attacks.gradient import PGD
+from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
-from robench.benchmark.cells import Cell, Result, selection_of
+from robench.benchmark.cells import Cell, selection_of
 from robench.benchmark.checkpoints import Header, weights_sha256
+from robench.benchmark.result import Result
+from robench.benchmark.spec import digest
 from robench.reports.record import Epoch
 
 
@@ -70,14 +74,26 @@ def cell_facts(
     }
 
 
-def epochs(cell: Cell, result: Result) -> list[Epoch]:
+def epochs(cell: Cell, result: Result, tested: int) -> list[Epoch]:
+    """The rows of a training; tested: images of the test split, on which some recipes select."""
     spec = cell.spec
+    train, threat = spec.train, ThreatModel.parse(spec.threat)
+    images, data_sha256 = {
+        "val": (train.validation, spec.data_sha256),
+        "test": (tested, spec.selection_sha256),
+        "last": (None, ""),
+    }[train.select]
+    attack = PGD(threat, train.select_steps, train.select_step_size)
+    config = {"steps": attack.steps, "step_size": attack.size, "start": attack.start}
     return [
         Epoch(
             run=spec.key(), seed=spec.seed, dataset=spec.dataset, model=str(spec.model),
             defense=spec.defense, recipe=spec.recipe, epoch=log.epoch, lr=log.lr,
-            seconds=log.seconds, losses=log.losses, selection=spec.train.select,
+            seconds=log.seconds, losses=log.losses, selection=train.select,
             clean=log.clean, robust=log.robust, averages=log.averages, rob_f=log.rob_f,
+            created=result.created, settings=digest(spec.config), threat=spec.threat,
+            attack=f"pgd-{config['steps']}", attack_config=config, n=images,
+            data_sha256=data_sha256,
         )
         for log in result.history
     ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 
 import robench
@@ -16,6 +15,7 @@ from robench.attacks.threat import ThreatModel
 from robench.benchmark.evaluate import BATCH, attack_config
 from robench.benchmark.spec import AttackSpec, digest
 from robench.benchmark.transfer import crafting
+from robench.reports.compare import alike
 from robench.reports.record import Record, Survey, Transfer
 
 S = TypeVar("S", bound=Survey)
@@ -111,8 +111,3 @@ def kept_survey(path: Path, kind: type[S], fingerprint: tuple[float, ...]) -> S 
         return survey if alike(survey.fingerprint, fingerprint) else None
     except (OSError, ValidationError):
         return None
-
-
-def alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two fingerprints are of the same network, on whatever device."""
-    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import robench
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.evaluate import BATCH
-from robench.benchmark.kept import alike, kept_survey
+from robench.benchmark.kept import kept_survey
 from robench.benchmark.landscape import Line, Survey, survey_lines
 from robench.benchmark.sources import Network
 from robench.benchmark.spec import RunSpec, digest
 from robench.benchmark.surveys import Bench, Split, attack_facts, write
 from robench.files import write_atomic
+from robench.reports.compare import alike
 from robench.reports.record import Landscape
 from robench.reports.store import Results
 

@@ -14,7 +14,7 @@ from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
 from robench.attacks.union import Union, joint
 from robench.benchmark import facts
-from robench.benchmark.cells import SMOKE_IMAGES, Cell, Result, plan, train
+from robench.benchmark.cells import SMOKE_IMAGES, Cell, plan, train
 from robench.benchmark.checkpoints import read_header
 from robench.benchmark.checks import check_logits
 from robench.benchmark.data import load_dataset
@@ -26,7 +26,6 @@ from robench.benchmark.facts import Subject as Subject
 from robench.benchmark.graph import Pair, Task, cell_pairs, graph, request
 from robench.benchmark.kept import (
     Place,
-    alike,
     discard,
     kept_record,
     shard_path,
@@ -34,6 +33,7 @@ from robench.benchmark.kept import (
 from robench.benchmark.parts import Part, attack_part
 from robench.benchmark.progress import Reporter
 from robench.benchmark.provenance import environment, peak_bytes
+from robench.benchmark.result import Result
 from robench.benchmark.robf import cell_transfers
 from robench.benchmark.sources import Network, load_network, pick_device
 from robench.benchmark.spec import AttackSpec, RunSpec, the_only
@@ -41,6 +41,7 @@ from robench.defenses.trainer import TrainingFailed
 from robench.errors import DiskError, RobenchError, UsageError, one_line
 from robench.files import locked, write_atomic
 from robench.reports import render
+from robench.reports.compare import alike
 from robench.reports.judge import judged
 from robench.reports.record import Epoch, Record, Transfer
 from robench.reports.store import Results, anchored
@@ -178,7 +179,7 @@ class Matrix:
         for cell in rows:
             result = done.get(cell.spec.key())
             if result is not None:
-                epochs += facts.epochs(cell, result)
+                epochs += facts.epochs(cell, result, len(self.dataset.test))
                 try:
                     for name in cell.checkpoints:
                         records += self.attack(self.subject(cell, name), self.pairs(cell, name),

@@ -48,10 +48,15 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def now() -> str:
+    """UTC, ISO 8601: the `created` of a row."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a Record that describe the machine and the moment."""
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "robench": robench.__version__,
         "torch": torch.__version__,
         "device": device_name(device),

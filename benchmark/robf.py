@@ -12,6 +12,8 @@ from robench.benchmark.data import Images
 from robench.benchmark.evaluate import BATCH
 from robench.benchmark.kept import kept_transfers, transfer_config, transfers_path
 from robench.benchmark.progress import Reporter
+from robench.benchmark.provenance import now
+from robench.benchmark.spec import digest
 from robench.benchmark.transfer import RobF, rob_f
 from robench.files import write_atomic
 from robench.reports.record import Transfer
@@ -47,6 +49,7 @@ def _rows(
             attack=f"pgd-{config['steps']}", attack_config=config, threat=str(threat), n=n,
             data_sha256=data_sha256, clean=row.clean, self_crafted=row.self_crafted,
             student_crafted=row.student_crafted, student_robust=row.student_robust,
+            created=now(), settings=digest(spec.config),
         )
         for name, row in measured.items()
     ]

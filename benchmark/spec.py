@@ -26,6 +26,7 @@ from robench.attacks.threat import ThreatModel
 from robench.benchmark.recipe import ModelSpec, default_threat, explain
 from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
+from robench.reports.later import earlier
 
 MOST = 10_000  # values in the YAML of a user
 
@@ -259,15 +260,6 @@ def _plural(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_PLURALS.get(name, name): value for name, value in values.items()}
 
 
-# Settings that came when there were trained networks already, and the value that means what was
-# done before: with it a cell keeps its name.
-_LATER: dict[str, dict[str, Any]] = {
-    "train": {"optimizer": "sgd", "beta2": 0.999, "clip": None, "precision": "fp32",
-              "schedule": "multistep", "pct_start": 0.3, "warmup": 0.0, "ema": None,
-              "ema_start": 0.0},
-    "options": {"label_smoothing": 0.0},
-}
-
 
 class CellSpec(BaseModel):
     """Everything that determines the weights of one training run."""
@@ -302,9 +294,8 @@ class CellSpec(BaseModel):
     def key(self) -> str:
         """The name of the cell's folder."""
         content = self.model_dump(mode="json", exclude={"notes"})
-        for group, later in _LATER.items():
-            content[group] = {name: value for name, value in content[group].items()
-                              if name not in later or value != later[name]}
+        for group in ("train", "options"):  # with those that came later a cell keeps its name
+            content[group] = earlier(content[group], group)
         return digest(content)
 
 

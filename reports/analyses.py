@@ -68,8 +68,13 @@ class Analysis:
     legend: str = ""
 
     @property
+    def stem(self) -> str:
+        """The name of its table in files."""
+        return self.name.replace("-", "_")
+
+    @property
     def file(self) -> str:
-        return f"{self.name.replace('-', '_')}.csv"
+        return f"{self.stem}.csv"
 
     def text(self, results: Results) -> str:
         """The table in Markdown."""

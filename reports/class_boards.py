@@ -92,7 +92,7 @@ def _extremes(classes: pd.DataFrame) -> Board:
 def _confusions(confused: pd.DataFrame) -> Board:
     """A row for each network and each of the pairs of classes that it confuses most."""
     wrong = confused[confused["true"] != confused["predicted"]]
-    most = wrong.sort_values(["images", "clean_images"], ascending=False, kind="stable")
+    most = wrong.sort_values(["count", "clean_count"], ascending=False, kind="stable")
     lines = [line for name in dict.fromkeys(confused["name"])
              for line in most[most["name"] == name].head(CONFUSIONS).to_dict("records")]
     return Board(

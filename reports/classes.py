@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from robench.reports.columns import make_frame
 from robench.reports.compare import strongest
 from robench.reports.grouping import Key, Row
 from robench.reports.overlap import by_rank
@@ -44,7 +45,7 @@ def class_accuracy(records: Sequence[Record]) -> pd.DataFrame:
         for known, seen in _seen(records)
         for label, mine in ((int(k), seen.label == k) for k in np.unique(seen.label))
     ]
-    return pd.DataFrame(lines, columns=[*IDENTITY, "class", "class_name", "n", *ACCURACIES])
+    return make_frame(lines, (*IDENTITY, "class", "class_name", "n", *ACCURACIES))
 
 
 def worst_class(records: Sequence[Record]) -> pd.DataFrame:
@@ -74,17 +75,17 @@ def worst_of(classes: pd.DataFrame) -> pd.DataFrame:
             "worst_class_n": worst["n"], "worst_name": worst["class_name"],
             "best_class": best["robust"], "best_name": best["class_name"], "classes": len(some),
         })
-    return pd.DataFrame(lines, columns=[
+    return make_frame(lines, (
         *IDENTITY, "robust", *(f"worst_class{part}" for part in (*PARTS, "_n")), "worst_name",
-        "best_class", "best_name", "classes"])
+        "best_class", "best_name", "classes"))
 
 
 def confusion(records: Sequence[Record]) -> pd.DataFrame:
     """The confusion matrix of each row of the leaderboard, a line for each cell that is not empty.
 
-    `images` of the class `true` are taken for the class `predicted` under the attack, and
-    `clean_images` without it: means over seeds, and `share` and `clean_share` in percent of the `n`
-    images of the class. The class -1, "nothing", is where a network gives no finite logits.
+    A `count` of images of the class `true` are taken for the class `predicted` under the attack,
+    and `clean_count` without it: means over seeds, and `share` and `clean_share` in percent of the
+    `n` images of the class. The class -1, "nothing", is where a network gives no finite logits.
     Raises RobenchError if a file of flags is damaged.
     """
     lines = []
@@ -97,13 +98,12 @@ def confusion(records: Sequence[Record]) -> pd.DataFrame:
             n = sizes[true]
             lines.append({
                 **known, "true": true, "true_name": seen.name(true), "predicted": predicted,
-                "predicted_name": seen.name(predicted), "images": counts[0],
-                "clean_images": counts[1], "share": 100 * counts[0] / n,
+                "predicted_name": seen.name(predicted), "count": counts[0],
+                "clean_count": counts[1], "share": 100 * counts[0] / n,
                 "clean_share": 100 * counts[1] / n, "n": n,
             })
-    return pd.DataFrame(lines, columns=[*IDENTITY, "true", "true_name", "predicted",
-                                        "predicted_name", "images", "clean_images", "share",
-                                        "clean_share", "n"])
+    return make_frame(lines, (*IDENTITY, "true", "true_name", "predicted", "predicted_name",
+                              "count", "clean_count", "share", "clean_share", "n"))
 
 
 def _seen(records: Sequence[Record]) -> Iterator[tuple[Line, Predictions]]:

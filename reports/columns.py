@@ -25,12 +25,22 @@ IDENTITY = ("dataset", "split", "threat", "images", "recipe", "epochs", "model",
 COSTS = ("train_seconds", "train_and_teacher_seconds", "robust_overfitting", "catastrophic_epoch",
          "parameters", "warnings", "warning_text", "notes")
 
+# What the columns of all tables are, by their names; what is not here is a number.
 OPTIONAL = {"rank_attack", "delta_to", "delta_attack"}  # text that may be missing
-_TEXT = {"dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
-         "label", "checkpoint", "selection", "warning_text", "notes", "network", "attack", "method",
-         "teacher", "certainty", "run", "metric", *OPTIONAL}
-_WHOLE = {"group", "rank", "epoch", "epochs", "catastrophic_epoch", "seeds", "seed", "n",
-          "parameters", "warnings"}
+_TEXT = {
+    "dataset", "split", "threat", "images", "recipe", "model", "source", "defense", "options",
+    "label", "name", "checkpoint", "selection", "warning_text", "notes", "network", "run",
+    "attack", "attacks", "norm", "start", "threats", "machine", "device", "part", "what",
+    "method", "teacher", "certainty", "crafted_against", "evaluated_on", "fooled_by",
+    "corruption", "severity", "class_name", "worst_name", "best_name", "true_name",
+    "predicted_name", "metric", *OPTIONAL,
+}
+_FLAGS = {"baseline", "pareto", "whole", "fooled"}
+_WHOLE = {
+    "group", "rank", "epoch", "epochs", "catastrophic_epoch", "seeds", "seed", "n", "parameters",
+    "warnings", "networks", "measured", "peak_bytes", "untimed", "uncounted", "steps", "averaged",
+    "image", "class", "classes", "true", "predicted", "directions", "points", "direction_seed",
+}
 
 Line = dict[str, Any]
 
@@ -59,7 +69,7 @@ def dtype_of(name: str) -> str:
     """The pandas type of a column of these tables."""
     if name in _TEXT:
         return "object"
-    if name == "baseline":
+    if name in _FLAGS:
         return "bool"
     return "Int64" if name in _WHOLE or name.endswith(("_n", "_failed")) else "float64"
 

@@ -125,6 +125,11 @@ def worst_case(row: Row) -> tuple[list[int], int] | None:
     return [int(survivors[seed].sum()) for seed in sorted(survivors)], n
 
 
+def alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same network, on whatever device."""
+    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
 def survival(record: Record) -> tuple[Flags, Flags] | None:
     """(correct, robust), each (n,) bool; None if the record's flags are not to be found.
 

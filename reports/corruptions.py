@@ -8,18 +8,20 @@ divides errors by those of AlexNet on ImageNet-C.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from robench.reports.columns import make_frame
 from robench.reports.figures import accuracy_curves
 from robench.reports.heatmap import heat_map
 from robench.reports.record import Corruptions
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
 from robench.reports.surveys import grouped, net_names
-from robench.reports.text import Board, Cell, Column, percent
+from robench.reports.text import Board, Cell, Column, accuracy
 from robench.reports.uncertainty import estimate
 
 # The corruptions of the benchmark, in the paper's order. The other four of the published files are
@@ -73,7 +75,7 @@ def corruptions(results: Results) -> pd.DataFrame:
                     "accuracy": 100 * got.mean, "std": 100 * got.std, "low": 100 * got.low,
                     "high": 100 * got.high,
                 })
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return make_frame(lines, COLUMNS)
 
 
 def ordered(names: Collection[str]) -> tuple[str, ...]:
@@ -98,10 +100,13 @@ def corruption_boards(results: Results) -> list[Board]:
                           words=True)]
         for name, lines in whole.groupby("name", sort=False):
             columns.append(Column(f"{name} %", tuple(
-                Cell(percent(value, first["n"])) for value in lines["accuracy"])))
+                replace(accuracy(*(line[part] for part in ("accuracy", "std", "low", "high")),
+                                 n=first["n"], failed=0, show_n=False), sort=line["accuracy"])
+                for line in lines.to_dict("records"))))
         boards.append(Board(title, tuple(columns), facts=(
             f"Accuracy on {first['n']:,} images in each version, mean over the severities",
-            _mean_of(averaged), f"Seeds: {' or '.join(map(str, sorted(set(group['seeds']))))}",
+            _mean_of(averaged), f"Seeds: {' or '.join(map(str, sorted(set(group['seeds']))))}"
+            + ("; ± is the standard deviation over seeds" if (group["seeds"] > 1).any() else ""),
             f"Images: sha256 {first['images'][:12]}")))
     return boards
 
@@ -115,9 +120,11 @@ def draw_corruptions(results: Results, look: Looks) -> Iterator[Drawing]:
         if len(names) > 1:
             across, cells = "name", corrupted[corrupted["severity"] == MEAN]
             label, what = "network", "mean over the severities"
+            headline = f"{title}, {what}"
         else:
             across, cells = "severity", corrupted[corrupted["severity"] != MEAN]
             label, what = "severity", f"of {names[0]}"
+            headline = f"{title}: {names[0]}"
         grid = cells.pivot(index="corruption", columns=across, values="accuracy")
         grid = grid.loc[list(dict.fromkeys(cells["corruption"])),
                         list(dict.fromkeys(cells[across]))]
@@ -128,7 +135,7 @@ def draw_corruptions(results: Results, look: Looks) -> Iterator[Drawing]:
             "Accuracy in percent: " + "; ".join(
                 f"{row}: " + ", ".join(f"{column} {value:.1f}" for column, value in line.items())
                 for row, (_, line) in zip(rows, grid.iterrows(), strict=True)),
-            heat_map(grid.to_numpy(), rows, list(grid.columns), title, (label, "corruption"),
+            heat_map(grid.to_numpy(), rows, list(grid.columns), headline, (label, "corruption"),
                      "accuracy (%)"),
         )
         mean = group[(group["corruption"] == CLEAN)
@@ -142,7 +149,8 @@ def draw_corruptions(results: Results, look: Looks) -> Iterator[Drawing]:
                 f"{name} " + ", ".join(f"{line['accuracy']:.1f} at {line['x']}"
                                        for line in lines.to_dict("records"))
                 for name, lines in panel.groupby("name", sort=False)),
-            accuracy_curves(panel, title, "severity (0: no corruption)", look),
+            accuracy_curves(panel, title, "severity (0: no corruption)", look,
+                            ylabel=f"mean accuracy over {averaged} corruptions (%)"),
         )
 
 

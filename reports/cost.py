@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
+from robench.reports.columns import make_frame
 from robench.reports.record import Record, Survey
+from robench.reports.runs import run_labels, trainings
 from robench.reports.store import Results
-from robench.reports.tables import run_labels
+from robench.reports.surveys import identity, survey_labels
 from robench.reports.text import NOTHING, Board, Cell, Column, count, duration
 
 TRAINING, TEACHERS, ATTACKS, SURVEYS = "training", "teachers", "attacks", "surveys"
-TYPES = {"part": "object", "what": "object", "device": "object", "networks": "Int64",
-         "measured": "Int64", "seconds": "float64", "forwards": "float64", "backwards": "float64",
-         "peak_bytes": "Int64", "untimed": "Int64", "uncounted": "Int64"}
+COLUMNS = ("part", "what", "device", "networks", "measured", "seconds", "forwards", "backwards",
+           "peak_bytes", "untimed", "uncounted")
 
 Line = dict[str, Any]
 
@@ -32,8 +34,7 @@ def cost(results: Results) -> pd.DataFrame:
     """
     lines = [*_trainings(results), *_teachers(results.records), *_attacks(results.records),
              *_surveys(results)]
-    return pd.DataFrame({name: pd.Series([line.get(name) for line in lines], dtype=kind)
-                         for name, kind in TYPES.items()})
+    return make_frame(lines, COLUMNS)
 
 
 def cost_boards(results: Results) -> list[Board]:
@@ -84,26 +85,38 @@ def in_words(frame: pd.DataFrame) -> list[str]:
 
 
 def _trainings(results: Results) -> list[Line]:
-    """One for each defense, and one for the networks that came from outside."""
-    labels, runs = run_labels(results.records), dict[str, tuple[str, str, float]]()
+    """One for each defense and device, and one for the networks that came from outside."""
+    labels = run_labels(results.records, results.epochs)
+    found: dict[tuple[str, float], tuple[str, str]] = {}
     for r in results.records:
-        if r.run:
-            runs.setdefault(r.run, (labels[r.run], r.device, r.train_seconds))
-    for run in {e.run for e in results.epochs} - runs.keys():  # nothing of it was attacked
-        epochs = [e for e in results.epochs if e.run == run]
-        runs[run] = (epochs[0].defense, "", sum(e.seconds for e in epochs))
+        if r.run:  # the same run on another machine took another time
+            found.setdefault((r.run, r.train_seconds), (labels[r.run], r.device))
+    for one in trainings(results.epochs):
+        if not any(run == one.run and math.isclose(seconds, one.seconds)
+                   for run, seconds in found):  # nothing of it was attacked
+            found[one.run, one.seconds] = labels[one.run], ""
     lines: dict[tuple[str, str], Line] = {}
-    for label, device, seconds in runs.values():
-        line = lines.setdefault((label, device), {
-            "part": TRAINING, "what": label, "device": device, "networks": 0, "seconds": 0.0,
-            "untimed": 0})
-        line["networks"] += 1
-        line["seconds"] += seconds
-    ours = {r.weights_sha256 for r in results.records if r.run}
-    outside = {r.weights_sha256 for r in results.records} - ours
-    return [*lines.values(), *([{
-        "part": TRAINING, "what": "networks from outside", "device": "", "networks": len(outside),
-        "untimed": len(outside)}] if outside else [])]
+
+    def line(what: str, device: str) -> Line:
+        return lines.setdefault((what, device), {
+            "part": TRAINING, "what": what, "device": device, "networks": 0, "untimed": 0})
+
+    for (_, seconds), place in found.items():
+        mine = line(*place)
+        mine["networks"] += 1
+        mine["seconds"] = mine.get("seconds", 0.0) + seconds
+    surveys = [one for some in _kinds(results).values() for one in some]
+    timed, names = {run for run, _ in found}, survey_labels(surveys, results.records)
+    untimed = {one.run: names[identity(one)] for one in surveys
+               if one.run and one.run not in timed}
+    networks = [*((r.run, r.weights_sha256) for r in results.records),
+                *((one.run, one.weights_sha256) for one in surveys)]
+    outside = {weights for _, weights in networks} - {weights for run, weights in networks if run}
+    for what in (*untimed.values(), *["networks from outside"] * len(outside)):
+        mine = line(what, "")
+        mine["networks"] += 1
+        mine["untimed"] += 1
+    return list(lines.values())
 
 
 def _teachers(records: Iterable[Record]) -> list[Line]:
@@ -170,12 +183,8 @@ def _passes(records: Iterable[Record], name: str) -> float | None:
 
 def _surveys(results: Results) -> list[Line]:
     """What commands of their own measured; Rob_f has no clock."""
-    kinds: dict[str, Sequence[Survey]] = {
-        "landscape": results.landscapes, "transfer": results.crossings,
-        "steps": results.steps, "gallery": results.galleries,
-        "corruptions": results.corruptions}
     lines: list[Line] = []
-    for what, surveys in kinds.items():
+    for what, surveys in _kinds(results).items():
         for device in dict.fromkeys(one.device for one in surveys):
             some = [one for one in surveys if one.device == device]
             lines.append({
@@ -188,6 +197,12 @@ def _surveys(results: Results) -> list[Line]:
         lines.append({"part": SURVEYS, "what": "Rob_f", "device": "", "measured": n,
                       "untimed": n, "uncounted": n})
     return lines
+
+
+def _kinds(results: Results) -> dict[str, Sequence[Survey]]:
+    return {"landscape": results.landscapes, "transfer": results.crossings,
+            "steps": results.steps, "gallery": results.galleries,
+            "corruptions": results.corruptions}
 
 
 def _gaps(line: Any) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from robench.reports.columns import make_frame
 from robench.reports.grouping import canonical
 from robench.reports.heatmap import heat_map
 from robench.reports.record import Crossing, Shown
@@ -72,7 +73,7 @@ def crossing(results: Results) -> pd.DataFrame:
                 "kept": 100 * sum(shown.kept for _, shown in found) / clean if clean else None,
                 "clean": 100 * clean / (n * len(found)), "n": n,
             })
-    return pd.DataFrame(lines, columns=list(COLUMNS)).astype({"kept": float})
+    return make_frame(lines, COLUMNS)
 
 
 def crossing_boards(results: Results) -> list[Board]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from robench.reports.columns import make_frame
 from robench.reports.figures import accuracy_curves
 from robench.reports.grouping import Key, Row, canonical, distinct, rows
 from robench.reports.record import Steps
@@ -52,7 +53,7 @@ def over_eps(results: Results) -> pd.DataFrame:
                      "images": images, "name": names[key], "label": some[0].label,
                      "seeds": len(some[0].passed(attack))}
             lines += [{**known, "eps": eps, **_accuracy(got)} for eps, got in _points(some, attack)]
-    return pd.DataFrame(lines, columns=[*COLUMNS, "norm", "eps"])
+    return make_frame(lines, (*COLUMNS, "norm", "eps"))
 
 
 def over_steps(results: Results) -> pd.DataFrame:
@@ -71,7 +72,7 @@ def over_steps(results: Results) -> pd.DataFrame:
             lines += [{**known, "steps": steps,
                        **_accuracy(estimate([counts[steps] for counts in left], some[0].n))}
                       for steps in (*(k for k in LADDER if k < setting.longest), setting.longest)]
-    return pd.DataFrame(lines, columns=[*COLUMNS, "threat", "step_size", "start", "steps"])
+    return make_frame(lines, (*COLUMNS, "threat", "step_size", "start", "steps"))
 
 
 class Setting(NamedTuple):
@@ -117,7 +118,7 @@ def draw_over_steps(results: Results, look: Looks) -> Iterator[Drawing]:
     for (dataset, split, threat, attack, size, start, _), panel in frame.groupby(
             ["dataset", "split", "threat", "attack", "step_size", "start", "images"], sort=False):
         title = f"{dataset} {split}, {threat}, {attack}"
-        panel = panel.assign(x=panel["steps"])
+        panel = panel.assign(x=panel["steps"].astype(int))
         yield Drawing(
             f"accuracy-over-steps {title}",
             f"{title}: accuracy as PGD takes more steps of {size:.4g} each from one start "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 import pandas as pd
@@ -15,10 +15,11 @@ from robench.reports.figures import (
     rob_f_curves,
     training_curves,
 )
-from robench.reports.record import Epoch, Transfer
+from robench.reports.grouping import canonical, distinct, newest
+from robench.reports.record import Transfer
+from robench.reports.runs import Panel, left_out, panels, run_labels
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
-from robench.reports.tables import rob_f_training, run_labels
 from robench.reports.text import TITLES, duration
 from robench.reports.tradeoff import tradeoff
 
@@ -69,64 +70,76 @@ def _cost_vs_robust(group: pd.DataFrame, look: Looks) -> Iterator[Drawing]:
 
 def draw_rob_f(results: Results, look: Looks) -> Iterator[Drawing]:
     """One for each data set, threat model, attack, model, recipe and set of images."""
-    labels = run_labels(results.records)
-    panels: dict[tuple[str, ...], dict[str, tuple[str, list[Transfer]]]] = {}
+    labels = run_labels(results.records, results.transfers)
+    found: dict[tuple[str, ...], dict[tuple[str, str, str], list[Transfer]]] = {}
     for t in results.transfers:
-        label = labels.get(t.run, t.defense)
-        place = (t.dataset, t.threat, t.attack, t.model, t.recipe, t.data_sha256)
-        panel = panels.setdefault(place, {})
-        panel.setdefault(f"{label}: {t.network}", (label, []))[1].append(t)
-    for (*shown, _), groups in panels.items():
-        title = ", ".join(shown)
+        panel = found.setdefault((t.dataset, t.threat, t.attack, t.model, t.recipe,
+                                  canonical(t.attack_config), t.data_sha256), {})
+        panel.setdefault((labels[t.run], t.network, t.checkpoint), []).append(t)
+    titles = distinct({place: ((), ", ".join(place[:5]), canonical(
+        {"options": place[5], "images": place[6][:12]})) for place in found})
+    for place, bars in found.items():
+        names = distinct({bar: ((), f"{bar[0]}: {bar[1]}", canonical({"student": bar[2]}))
+                          for bar in bars})
+        kept = {bar: newest(some) for bar, some in bars.items()}
+        groups = {names[bar]: (bar[0], new) for bar, (new, _) in kept.items()}
         yield Drawing(
-            f"rob-f {title}",
-            f"{title}. Accuracy of each network f on examples crafted against f itself (x_f*) and "
-            "on examples crafted against the student (x_S*), with 95 % intervals.",
+            f"rob-f {titles[place]}",
+            f"{titles[place]}. Accuracy of each network f on examples crafted against f itself "
+            "(x_f*) and on examples crafted against the student (x_S*), with 95 % intervals."
+            + left_out(sum(len(others) for _, others in kept.values())),
             "Accuracy in percent on x_f* and on x_S*: " + "; ".join(
                 f"{name} {_mean(ts, 'self_crafted'):.1f} and {_mean(ts, 'student_crafted'):.1f}"
                 for name, (_, ts) in groups.items()),
-            rob_f_bars(groups, title, look),
+            rob_f_bars(groups, titles[place], look),
         )
 
 
 def draw_training(results: Results, look: Looks) -> Iterator[Drawing]:
-    """One for each data set, model and recipe."""
-    labels = run_labels(results.records)
-    panels: dict[tuple[str, ...], dict[str, list[Epoch]]] = {}
-    for epoch in results.epochs:
-        panel = panels.setdefault((epoch.dataset, epoch.model, epoch.recipe), {})
-        panel.setdefault(labels.get(epoch.run, epoch.defense), []).append(epoch)
-    for place, runs in panels.items():
-        title = ", ".join(place)
+    """One for each panel, see `runs.panels`."""
+    for panel in panels(results.epochs, results.records):
         yield Drawing(
-            f"training {title}",
-            f"{title}: accuracy and loss after each epoch, the mean over seeds; bands go from the "
-            "lowest to the highest seed. Every defense has its own loss: do not compare them.",
+            f"training {panel.title}",
+            f"{panel.title}: accuracy and loss after each epoch, the mean over seeds; bands go "
+            f"from the lowest to the highest seed. {_measured(panel)}Every defense has its own "
+            f"loss: do not compare them.{left_out(panel.left_out)}",
             "Training curves of " + ", ".join(
-                f"{label} ({max(e.epoch for e in run) + 1} epochs)" for label, run in runs.items()),
-            training_curves(runs, title, look),
+                f"{label} ({max(e.epoch for e in run) + 1} epochs)"
+                for label, run in panel.runs.items()),
+            training_curves(panel.runs, panel.title, look),
         )
 
 
 def draw_rob_f_training(results: Results, look: Looks) -> Iterator[Drawing]:
-    """One for each data set, model and recipe."""
-    frame = rob_f_training(results.epochs, results.records)
-    for place, panel in frame.groupby(["dataset", "model", "recipe"], sort=False):
-        title = ", ".join(map(str, place))
-        last = panel[panel["epoch"] == panel.groupby("label")["epoch"].transform("max")]
+    """One for each panel, see `runs.panels`."""
+    for panel in panels([e for e in results.epochs if e.rob_f], results.records):
+        last = {label: max(e.epoch for e in run) for label, run in panel.runs.items()}
+        ends = {(label, network): [e.rob_f[network] for e in run
+                                   if e.epoch == last[label] and network in e.rob_f]
+                for label, run in panel.runs.items()
+                for network in dict.fromkeys(name for e in run for name in e.rob_f)}
         yield Drawing(
-            f"rob-f-training {title}",
-            f"{title}. Accuracy of each network f after each epoch, left on examples crafted "
+            f"rob-f-training {panel.title}",
+            f"{panel.title}. Accuracy of each network f after each epoch, left on examples crafted "
             "against the student (x_S*), right on those crafted against f itself (x_f*); the mean "
-            "over seeds, bands go from the lowest to the highest seed.",
+            f"over seeds, bands go from the lowest to the highest seed.{left_out(panel.left_out)}",
             "Accuracy in percent on x_S* and on x_f* after the last epoch: " + "; ".join(
-                f"{label}: {network} {some['rob_f_student'].mean():.1f} and "
-                f"{some['rob_f_self'].mean():.1f}"
-                for (label, network), some in last.groupby(["label", "network"], sort=False)),
-            rob_f_curves(panel, title, look),
+                f"{label}: {network} {100 * fmean(students for _, students in pairs):.1f} and "
+                f"{100 * fmean(own for own, _ in pairs):.1f}"
+                for (label, network), pairs in ends.items() if pairs),
+            rob_f_curves(panel.runs, panel.title, look),
         )
 
 
-def _mean(transfers: list[Transfer], name: str) -> float:
+def _measured(panel: Panel) -> str:
+    """Under what the robust accuracies are, as far as it is known."""
+    place = panel.place
+    if not place.attack:
+        return ""
+    images = f" on {place.n:,} images" if place.n else ""
+    return f"Robust accuracy is under {place.attack} at {place.threat}{images}. "
+
+
+def _mean(transfers: Sequence[Transfer], name: str) -> float:
     """A count of the rows, as a percentage of the images."""
     return 100 * fmean(getattr(t, name) / t.n for t in transfers)

@@ -29,7 +29,8 @@ from robench.reports.style import (
 from robench.reports.text import TITLES
 from robench.reports.uncertainty import estimate
 
-_LINES = ("-", "--", ":", "-.")  # for lines of one label, which have one color
+# For lines of one label, which have one color.
+_LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
 @house_style()
@@ -101,7 +102,8 @@ def cost_vs_robust(
 
 @house_style()
 def accuracy_curves(
-    panel: pd.DataFrame, title: str, xlabel: str, look: Mapping[str, Look], growing: bool = False
+    panel: pd.DataFrame, title: str, xlabel: str, look: Mapping[str, Look], growing: bool = False,
+    ylabel: str = "accuracy (%)",
 ) -> Figure:
     """Accuracy against `x`; bands are 95 % intervals.
 
@@ -119,7 +121,7 @@ def accuracy_curves(
         drawn[label] += 1
         axes.fill_between(curve["x"], curve["low"], curve["high"], color=seen.color, alpha=0.1,
                           linewidth=0)
-    axes.set(xlabel=xlabel, ylabel="accuracy (%)", title=shorten(title, 80), ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=shorten(title, 80), ylim=(0, None))
     if growing:
         axes.set_xscale("symlog", linthresh=1, linscale=0.4)
         axes.set_xticks(sorted(panel["x"].unique()))
@@ -173,7 +175,6 @@ def training_curves(
     lowest to the highest seed, dashed and dotted lines are averaged weights (SWA, EMA).
     """
     epochs = [epoch for run in runs.values() for epoch in run]
-    splits = sorted({"test (!)" if e.selection == "test" else "validation" for e in epochs})
     averages = {name: style for name, style in _AVERAGES.items()
                 if any(name in epoch.averages for epoch in epochs)}
     figure, (clean, robust, loss) = new_figure(11.5, 3.5, panels=3)
@@ -186,8 +187,8 @@ def training_curves(
             _over_epochs(clean, [(epoch, value) for epoch, value, _ in pairs], seen, style)
             _over_epochs(robust, [(epoch, value) for epoch, _, value in pairs], seen, style)
         _over_epochs(loss, [(e.epoch, e.losses.get("total")) for e in run], seen)
-    clean.set(ylabel=f"clean {' / '.join(splits)} accuracy (%)")
-    robust.set(ylabel=f"robust {' / '.join(splits)} accuracy (%)", title=shorten(title, 80))
+    clean.set(ylabel=f"clean {_splits(epochs)} accuracy (%)")
+    robust.set(ylabel=f"robust {_splits(epochs)} accuracy (%)", title=shorten(title, 80))
     for axes in (clean, robust):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     loss.set(ylabel="training loss")
@@ -205,32 +206,43 @@ def training_curves(
 
 
 @house_style()
-def rob_f_curves(panel: pd.DataFrame, title: str, look: Mapping[str, Look]) -> Figure:
-    """Rob_f(x_S*) and Rob_f(x_f*) over the epochs, from rows of `tables.rob_f_training`.
+def rob_f_curves(
+    runs: Mapping[str, Sequence[Epoch]], title: str, look: Mapping[str, Look]
+) -> Figure:
+    """Rob_f(x_S*) and Rob_f(x_f*) over the epochs; `runs` as for `training_curves`.
 
     A color for each defense, a line style for each of its networks.
     """
     figure, axes = new_figure(9.5, 3.7, panels=2, share="y")
-    roles = ["student", *sorted(set(panel["network"]) - {"student"})]
+    epochs = [epoch for run in runs.values() for epoch in run]
+    roles = ["student", *sorted({name for e in epochs for name in e.rob_f} - {"student"})]
     styles = dict(zip(roles, cycle(_LINES), strict=False))
     lines: dict[str, Line2D] = {}
-    for key, some in panel.groupby(["label", "network"], sort=False):
-        label, network = map(str, key)
-        for place, column in zip(axes, ("rob_f_student", "rob_f_self"), strict=True):
-            _over_epochs(place, list(zip(some["epoch"], some[column], strict=True)), look[label],
+    for label, run in runs.items():
+        for network in dict.fromkeys(name for e in run for name in e.rob_f):
+            values = [(e.epoch, *e.rob_f[network]) for e in run if network in e.rob_f]
+            _over_epochs(axes[0], [(epoch, students) for epoch, _, students in values],
+                         look[label], styles[network])
+            _over_epochs(axes[1], [(epoch, own) for epoch, own, _ in values], look[label],
                          styles[network])
-        lines[shorten(f"{label}: {network}")] = Line2D(
-            [], [], color=look[label].color, marker=look[label].marker, markersize=4,
-            linestyle=styles[network])
+            lines[shorten(f"{label}: {network}")] = Line2D(
+                [], [], color=look[label].color, marker=look[label].marker, markersize=4,
+                linestyle=styles[network])
     for place, what in zip(axes, ("on x_S*, crafted against the student",
                                   "on x_f*, crafted against f itself"), strict=True):
         place.set(title=what, xlabel="epoch", ylim=(0, None))
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
-    splits = sorted(set(panel["selection"].replace("val", "validation")))
-    axes[0].set_ylabel(f"{' / '.join(splits)} accuracy of f (%)")
+    axes[0].set_ylabel(f"{_splits(epochs)} accuracy of f (%)")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     figure.suptitle(shorten(title, 80))
     legend_below(figure, list(lines.values()), list(lines))
     return figure
+
+
+def _splits(epochs: Sequence[Epoch]) -> str:
+    """What the accuracies after epochs are of."""
+    return " / ".join(sorted({"test (!)" if e.selection == "test" else "validation"
+                              for e in epochs}))
 
 
 def _under(attack: str) -> str:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from robench.reports.analyses import ANALYSES, Analysis
 from robench.reports.grouping import rows
+from robench.reports.runs import run_labels
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks, looks
 from robench.reports.surveys import survey_labels
-from robench.reports.tables import ranked_groups, run_labels
+from robench.reports.tables import ranked_groups
 
 
 def draw_all(results: Results) -> list[Drawing]:
@@ -32,12 +33,11 @@ def draw(analysis: Analysis, results: Results, look: Looks) -> list[Drawing]:
 
 def looks_of(results: Results) -> Looks:
     """A look for every label in the results, the same in all figures."""
-    labels = run_labels(results.records)
     return looks([
         *(row.label for row in rows(results.records)),
-        *(labels.get(t.run, t.defense) for t in results.transfers),
-        *(labels.get(e.run, e.defense) for e in results.epochs),
         # One kind at a time, as the tables label them.
+        *run_labels(results.records, results.transfers).values(),
+        *run_labels(results.records, results.epochs).values(),
         *survey_labels(results.landscapes, results.records).values(),
         *survey_labels(results.steps, results.records).values(),
         *survey_labels(results.corruptions, results.records).values(),

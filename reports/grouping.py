@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from robench.reports.later import earlier_attack, earlier_defense
 from robench.reports.record import Record
 
 K = TypeVar("K")
+T = TypeVar("T", bound="Dated")
 AUTOATTACK = "autoattack"
 ALIASES = {"pyautoattack:standard": AUTOATTACK}
 
@@ -106,6 +108,16 @@ def canonical(options: Mapping[str, Any]) -> str:
     return json.dumps(options, sort_keys=True)
 
 
+def defense_options(config: Mapping[str, Any]) -> str:
+    """`canonical` of a `defense_config`, whichever version wrote it (see `later`)."""
+    return canonical(earlier_defense(config))
+
+
+def attack_options(config: Mapping[str, Any]) -> str:
+    """`canonical` of an `attack_config`, likewise."""
+    return canonical(earlier_attack(config))
+
+
 def attack_names(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
     """The column of (data set, split, threat, attack, options as JSON).
 
@@ -117,7 +129,7 @@ def attack_names(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
         known.setdefault(_attack_id(record), record)
     built = {
         one: (one[:3], ALIASES.get(r.attack, r.attack),
-              canonical({"attack": r.attack, **r.attack_config}))
+              canonical({"attack": r.attack, **earlier_attack(r.attack_config)}))
         for one, r in known.items() if r.status == "ok" or r.attack_config
     }
     names = distinct(built)
@@ -129,7 +141,7 @@ def attack_names(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
 
 def defense_names(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
     """The label of (data set, defense, options as JSON)."""
-    ids = dict.fromkeys((r.dataset, r.defense, canonical(r.defense_config)) for r in records)
+    ids = dict.fromkeys((r.dataset, r.defense, defense_options(r.defense_config)) for r in records)
     return distinct({one: ((one[0],), one[1], one[2]) for one in ids})
 
 
@@ -164,15 +176,32 @@ def leaves(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Dated(Protocol):
+    """What was measured on, or trained with, one of several seeds."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def created(self) -> str: ...
+
+
+def newest(several: Iterable[T]) -> tuple[list[T], list[T]]:
+    """The newest of each seed, by seed, and the others; the last of those of one age."""
+    by_age = sorted(several, key=lambda one: one.created)
+    last = {one.seed: one for one in by_age}
+    return ([last[seed] for seed in sorted(last)],
+            [one for one in by_age if one is not last[one.seed]])
+
+
 def _attack_id(record: Record) -> tuple[str, ...]:
     return (record.dataset, record.split, record.threat, record.attack,
-            canonical(record.attack_config))
+            attack_options(record.attack_config))
 
 
 def _key(record: Record) -> Key:
     return Key(record.dataset, record.split, record.threat, record.recipe, record.epochs,
-               record.model, record.source, record.defense, canonical(record.defense_config),
-               record.checkpoint)
+               record.model, record.source, record.defense,
+               defense_options(record.defense_config), record.checkpoint)
 
 
 def _by_images(cells: Mapping[str, Sequence[Record]]) -> list[dict[str, list[Record]]]:
@@ -195,8 +224,9 @@ def _row(key: Key, label: str, measured: Mapping[str, Sequence[Record]]) -> Row:
     weights: dict[int, set[str]] = {}
     remarks = []
     for attack, records in measured.items():
-        by_age = sorted(records, key=lambda record: (record.status == "ok", record.created))
-        cells[attack] = {record.seed: record for record in by_age}
+        passed, _ = newest(record for record in records if record.status == "ok")
+        others, _ = newest(record for record in records if record.status != "ok")
+        cells[attack] = {record.seed: record for record in (*others, *passed)}
         for seed, record in cells[attack].items():
             weights.setdefault(seed, set()).add(record.weights_sha256)
         if len(records) > len(cells[attack]):

@@ -30,9 +30,10 @@ def heat_map(
     that the figure stays sharp at any size.
     """
     long = max(len(shorten(name)) for name in (*rows, *columns))
-    side = 0.42 if len(columns) >= LARGE else 0.55
-    figure = Figure(figsize=(side * len(columns) + 0.075 * long + 1.9,
-                             side * len(rows) + 0.06 * long + 1.2), layout="constrained")
+    width, height = (0.42 if len(columns) >= LARGE else 0.55,
+                     0.42 if len(columns) >= LARGE else 0.3 if len(rows) >= LARGE else 0.55)
+    figure = Figure(figsize=(width * len(columns) + 0.075 * long + 1.9,
+                             height * len(rows) + 0.06 * long + 1.2), layout="constrained")
     axes = figure.subplots()
     norm, colors = Normalize(0, highest), colormaps[COLORS]
     for (i, j), value in np.ndenumerate(values):
@@ -46,8 +47,9 @@ def heat_map(
     axes.set_xticks(range(len(columns)), [shorten(name) for name in columns], rotation=40,
                     ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [shorten(name) for name in rows])
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal",
-             xlabel=labels[0], ylabel=labels[1], title=shorten(title, 80))
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=labels[0],
+             ylabel=labels[1], title=shorten(title, 80),
+             aspect="equal" if width == height else "auto")
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -31,11 +31,10 @@ from robench.reports.surveys import Net, grouped
 from robench.reports.text import NOTHING, Board, Cell, Column, markdown
 
 RADIUS = 0.5
-WHOLE = ("directions", "points", "direction_seed")
 COLUMNS = ("group", "rank", "dataset", "split", "threat", "attack", "model", "recipe", "defense",
            "label", "checkpoint", "selection", "seeds", "sharpness", "sharpness_std",
            "sharpness_low", "sharpness_high", "sharpness_directions_std", "loss", "loss_std", "n",
-           "images", *WHOLE)
+           "images", "directions", "points", "direction_seed")
 
 
 class Setting(NamedTuple):
@@ -74,7 +73,7 @@ def sharpness(landscapes: Sequence[Landscape], records: Sequence[Record] = ()) -
         for number, (setting, nets) in enumerate(groups.items(), start=1)
         for line in _ranking(setting, nets)
     ]
-    return make_frame(lines, COLUMNS).astype({name: "Int64" for name in WHOLE})
+    return make_frame(lines, COLUMNS)
 
 
 def sharpness_by_direction(landscape: Landscape) -> list[float]:

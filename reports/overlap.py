@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 
-from robench.reports.columns import clean_records
+from robench.reports.columns import clean_records, make_frame
 from robench.reports.compare import Flags, find_baseline, robust_mean, strongest, survival
 from robench.reports.grouping import Row
 from robench.reports.record import Record
@@ -26,8 +26,8 @@ def overlap(records: Sequence[Record]) -> pd.DataFrame:
 
     For each group of `tables.leaderboard` its first row and the baseline of that row; where the
     first row is a baseline itself, the best other row. A line for each of the two and each set of
-    attacks, `fooled_by`, that fools an image which no other attack fools: `images` of `n`, the
-    mean over seeds. The empty set stands for the images that withstand all.
+    attacks, `fooled_by`, that fools an image which no other attack fools: a `count` of the `n`
+    images, the mean over seeds. The empty set stands for the images that withstand all.
 
     Counted are the attacks that ended well on every seed of both rows and left their flags; an
     attack with a limit sees the first images of the same test set, so that the smallest limit is
@@ -49,12 +49,12 @@ def overlap(records: Sequence[Record]) -> pd.DataFrame:
         lines += [
             {"group": number, **{name: getattr(row.key, name) for name in IDENTITY},
              "label": row.label, "name": names[row.key], "attacks": tuple(attacks),
-             "fooled_by": fooled, "images": images, "n": n}
+             "fooled_by": fooled, "count": images, "n": n}
             for row, sets in zip(chosen, counted, strict=True)
             for fooled, images in sorted(sets.items())
         ]
-    return pd.DataFrame(lines, columns=["group", *IDENTITY, "label", "name", "attacks",
-                                        "fooled_by", "images", "n"])
+    return make_frame(lines, ("group", *IDENTITY, "label", "name", "attacks", "fooled_by", "count",
+                              "n"))
 
 
 def overlap_table(records: Sequence[Record]) -> pd.DataFrame:

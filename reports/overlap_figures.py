@@ -21,15 +21,15 @@ def draw_overlaps(results: Results, look: Looks) -> Iterator[Drawing]:
     """One for each group of the leaderboard on which images fall to several attacks."""
     for _, group in overlap(results.records).groupby("group", sort=False):
         attacks, n, title = group["attacks"].iloc[0], group["n"].iloc[0], group_title(group)
-        withstand = group[group["fooled_by"].map(len) == 0].set_index("name")["images"]
-        sizes = group[group["fooled_by"].map(len) > 0].groupby("fooled_by")["images"].sum()
+        withstand = group[group["fooled_by"].map(len) == 0].set_index("name")["count"]
+        sizes = group[group["fooled_by"].map(len) > 0].groupby("fooled_by")["count"].sum()
         sets = sorted(sizes.index, key=lambda fooled: (-sizes[fooled], fooled))
         if not sets:
             continue
         names = list(dict.fromkeys(group["name"]))
         left = sizes[sets[MOST:]].sum() / len(names)
         shares = {
-            str(name): (str(label), [100 * dict(zip(some["fooled_by"], some["images"], strict=True))
+            str(name): (str(label), [100 * dict(zip(some["fooled_by"], some["count"], strict=True))
                            .get(fooled, 0.0) / n for fooled in sets[:MOST]])
             for (name, label), some in group.groupby(["name", "label"], sort=False)
         }

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from robench.errors import RobenchError, one_line
+from robench.reports.columns import make_frame
 from robench.reports.record import Gallery, Picture
 from robench.reports.store import Results
 from robench.reports.style import PALETTE, Drawing, house_style, shorten
@@ -37,13 +38,13 @@ def pictures(results: Results) -> pd.DataFrame:
     `distance` is in the norm of the threat model, `image` the place in the test set.
     """
     labels = _labels(results)
-    return pd.DataFrame([
+    return make_frame([
         {**gallery.model_dump(include=set(COLUMNS)), **picture.model_dump(include=set(COLUMNS)),
          "label": label, "true_name": name_of(gallery, picture.label),
          "predicted_name": name_of(gallery, picture.predicted)}
         for gallery, label in zip(results.galleries, labels, strict=True)
         for picture in gallery.pictures
-    ], columns=list(COLUMNS))
+    ], COLUMNS)
 
 
 def picture_boards(results: Results) -> list[Board]:

@@ -13,8 +13,8 @@ from urllib.parse import quote
 from robench.reports.columns import mark
 from robench.reports.grouping import canonical
 from robench.reports.record import Record, Transfer
+from robench.reports.runs import run_labels
 from robench.reports.store import Results, relative
-from robench.reports.tables import run_labels
 from robench.reports.text import NOTHING, Board, Cell, Column, count, duration
 from robench.reports.trace import record_id, short_id
 
@@ -38,11 +38,11 @@ def record_boards(results: Results, folder: Path | None = None) -> list[Board]:
 def _in_short(records: Sequence[Record]) -> Board:
     """Versions, devices, seeds and times of all records, in one look."""
     days = sorted(r.created for r in records)
-    trained = {r.run: r.train_seconds for r in records if r.run}
+    trained = {(r.run, r.train_seconds) for r in records if r.run}
     facts = {
         "Records": f"{len(records):,}, of which "
                    f"{sum(r.status == 'failed' for r in records):,} failed",
-        "Trainings": f"{len(trained):,}, {duration(sum(trained.values()))} in all",
+        "Trainings": f"{len(trained):,}, {duration(sum(seconds for _, seconds in trained))} in all",
         "Evaluation": f"{duration(sum(r.seconds for r in records))} in all",
         "Measured (UTC)": " to ".join(day[:16].replace("T", " ") for day in (days[0], days[-1])),
         "Seeds": ", ".join(map(str, sorted({r.seed for r in records}))),

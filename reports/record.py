@@ -119,6 +119,8 @@ class Transfer(BaseModel):
     self_crafted: Int  # f right on x_f*: examples crafted against f itself
     student_crafted: Int  # f right on x_S*: examples crafted against the student
     student_robust: Int  # the student right on x_S*
+    created: str = ""  # UTC, ISO 8601; "" in old files
+    settings: str = ""  # hash of all that trainings share but their seed; "" in old files
 
     @model_validator(mode="after")
     def _counts(self) -> Self:
@@ -149,6 +151,14 @@ class Epoch(BaseModel):
     robust: Number | None  # under the selection attack
     averages: Mapping[str, tuple[float | None, float | None]] = {}  # of averaged weights, as above
     rob_f: Mapping[str, tuple[Number, Number]] = {}  # of each network f, on x_f* and on x_S*
+    # Old files do not say the following.
+    created: str = ""  # when the training ended, UTC, ISO 8601
+    settings: str = ""  # hash of all that trainings share but their seed
+    threat: str = ""  # of the selection attack
+    attack: str = ""
+    attack_config: dict[str, Any] = {}
+    n: Int | None = None  # images of the split that the accuracies are of
+    data_sha256: str = ""  # of these, or for "val" of the training images they were taken from
 
     @model_validator(mode="before")
     @classmethod

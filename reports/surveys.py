@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from robench.reports.grouping import canonical, distinct
+from robench.reports.grouping import canonical, defense_options, distinct, newest
 from robench.reports.record import Network, Record, Survey
-from robench.reports.tables import run_labels
+from robench.reports.runs import run_labels
 
 S = TypeVar("S", bound=Survey)
 K = TypeVar("K")
@@ -24,7 +24,7 @@ class Net(NamedTuple):
     recipe: str
     checkpoint: str
     selection: str
-    source: str  # "" unless two networks would be the same otherwise
+    source: str  # "" unless it is another network of the same seed
 
 
 def grouped(
@@ -32,8 +32,9 @@ def grouped(
 ) -> dict[K, dict[Net, list[S]]]:
     """Surveys that may be compared, network by network, in order of first appearance.
 
-    `setting` is what they must have in common. The newest survey of a network counts. Different
-    networks of one seed are never averaged: they are told apart by where they came from.
+    `setting` is what they must have in common. The newest survey of a network counts, and of
+    several networks of one seed the one surveyed last: the others are told apart from it by where
+    they came from.
     """
     labels = survey_labels(surveys, records)
     groups: dict[K, dict[Net, list[S]]] = {}
@@ -43,7 +44,7 @@ def grouped(
 
 
 def net_of(network: Network, labels: Names, source: str = "") -> Net:
-    return Net(labels[identity(network)], canonical(network.defense_config), network.model,
+    return Net(labels[identity(network)], defense_options(network.defense_config), network.model,
                network.recipe, network.checkpoint, network.selection, source)
 
 
@@ -52,7 +53,7 @@ def net_names(nets: Iterable[Net]) -> dict[Net, str]:
     return distinct({
         net: ((), net.label, canonical({
             "checkpoint": net.checkpoint, "model": net.model, "recipe": net.recipe,
-            "selected on": net.selection, "source": net.source}))
+            "selected on": net.selection, **({"source": net.source} if net.source else {})}))
         for net in nets
     })
 
@@ -67,15 +68,14 @@ def survey_labels(networks: Iterable[Network], records: Iterable[Record] = ()) -
 
 def identity(network: Network) -> tuple[str, ...]:
     """What the label of a network depends on."""
-    return network.run, network.dataset, network.defense, canonical(network.defense_config)
+    return network.run, network.dataset, network.defense, defense_options(network.defense_config)
 
 
 def _apart(nets: Mapping[Net, list[S]]) -> Iterable[tuple[Net, list[S]]]:
     for net, some in nets.items():
         by_age = sorted(some, key=lambda one: one.created)
-        networks = list({(one.seed, one.weights_sha256): one for one in by_age}.values())
-        if len(networks) == len({one.seed for one in networks}):
-            yield net, sorted(networks, key=lambda one: one.seed)
-        else:
-            yield from ((net._replace(source=f"{one.source} {one.weights_sha256[:12]}"), [one])
-                        for one in networks)
+        networks = {(one.seed, one.weights_sha256): one for one in by_age}
+        kept, others = newest(networks.values())
+        yield net, kept
+        yield from ((net._replace(source=f"{one.source} {one.weights_sha256[:12]}"), [one])
+                    for one in others)

@@ -26,8 +26,9 @@ from robench.reports.columns import (
     measured,
 )
 from robench.reports.compare import difference, find_baseline, robust_mean, strongest
-from robench.reports.grouping import Row, canonical, defense_names, groups, rows
+from robench.reports.grouping import Row, groups, rows
 from robench.reports.record import Epoch, Record, Transfer
+from robench.reports.runs import run_labels
 
 DELTA = ("delta", "delta_p", "delta_to", "delta_attack")
 ROB_F = ("dataset", "recipe", "model", "defense", "label", "checkpoint", "selection", "seed",
@@ -81,12 +82,12 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
     crafted against the student. How the student was selected, and the options that tell two
     configurations of a defense apart, are known only from `records` of the same runs.
     """
-    labels = run_labels(records)
+    labels = run_labels(records, transfers)
     selections = {(r.run, r.checkpoint): r.selection for r in records}
     lines = [
         {
             **t.model_dump(include=set(ROB_F)),
-            "label": labels.get(t.run, t.defense),
+            "label": labels[t.run],
             "selection": mark(selections.get((t.run, t.checkpoint), "")),
             "rob_f_self": 100 * t.self_crafted / t.n,
             "rob_f_student": 100 * t.student_crafted / t.n,
@@ -100,11 +101,11 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
 
 def rob_f_training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
     """`rob_f` on the selection split after each epoch, one row per network f, epoch and run."""
-    labels = run_labels(records)
+    labels = run_labels(records, epochs)
     lines = [
         {
             **e.model_dump(include=set(ROB_F_TRAINING)),
-            "label": labels.get(e.run, e.defense),
+            "label": labels[e.run],
             "selection": mark(e.selection),
             "network": network,
             "rob_f_self": 100 * own,
@@ -121,11 +122,11 @@ def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.Data
     `loss` is the total; <a>_clean and <a>_robust are those of averaged weights (swa, ema), missing
     where there are none yet. Labels are those of the `records` of the same runs.
     """
-    labels = run_labels(records)
+    labels = run_labels(records, epochs)
     lines = [
         {
             **e.model_dump(include=set(TRAINING)),
-            "label": labels.get(e.run, e.defense),
+            "label": labels[e.run],
             "selection": mark(e.selection),
             "loss": e.losses.get("total"),
             "clean": _percent(e.clean),
@@ -141,14 +142,6 @@ def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.Data
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def run_labels(records: Iterable[Record]) -> dict[str, str]:
-    """The label of the defense behind each training run, by the run's key."""
-    records = list(records)
-    names = defense_names(records)
-    return {r.run: names[r.dataset, r.defense, canonical(r.defense_config)]
-            for r in records if r.run}
 
 
 def to_csv(frame: pd.DataFrame) -> str:
@@ -185,7 +178,7 @@ def _csv_value(name: str, cell: str) -> Any:
     if kind == "object":
         return cell or (None if name in OPTIONAL else "")
     if kind == "bool":
-        return cell == "True"
+        return {"True": True, "False": False}[cell]
     if cell in ("", "failed"):
         return None
     return int(cell) if kind == "Int64" else float(cell)

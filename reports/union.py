@@ -6,14 +6,20 @@ network on the same images, whichever commands measured them, and of the attack 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from robench.reports.compare import Flags, per_image, survival
-from robench.reports.grouping import attack_names, canonical, defense_names
+from robench.reports.columns import make_frame
+from robench.reports.compare import Flags, alike, per_image, survival
+from robench.reports.grouping import (
+    attack_names,
+    attack_options,
+    defense_names,
+    defense_options,
+)
 from robench.reports.record import Record
 from robench.reports.store import Results
 from robench.reports.text import NOTHING, Board, Cell, Column, percent
@@ -65,7 +71,7 @@ def union(records: Sequence[Record]) -> pd.DataFrame:
     for one in standings(records)[0]:
         r, every = one.record, AND.join(one.under)
         known = {"dataset": r.dataset, "split": r.split, "checkpoint": r.checkpoint,
-                 "label": labels[r.dataset, r.defense, canonical(r.defense_config)],
+                 "label": labels[r.dataset, r.defense, defense_options(r.defense_config)],
                  "model": r.model, "source": r.source, "seed": r.seed, "threats": every,
                  "n": one.n, "images": one.images[:12]}
         for threat, flags in {"clean": one.clean, **one.under, "all": one.all}.items():
@@ -75,7 +81,7 @@ def union(records: Sequence[Record]) -> pd.DataFrame:
                           "accuracy": 100 * float(flags.mean()), "low": 100 * low,
                           "high": 100 * high,
                           "whole": threat in one.whole or threat in ("clean", "all")})
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return make_frame(lines, COLUMNS)
 
 
 def union_boards(results: Results) -> list[Board]:
@@ -86,10 +92,10 @@ def union_boards(results: Results) -> list[Board]:
         network = {str(line["threat"]): {str(k): v for k, v in line.items()}
                    for line in lines.to_dict("records")}
         first = network["all"]
-        alike = tuple(f"{threat}: {line['attacks']}" for threat, line in network.items()
-                      if threat not in ("clean", "all"))
+        how = tuple(f"{threat}: {line['attacks']}" for threat, line in network.items()
+                    if threat not in ("clean", "all"))
         found.setdefault((f"{first['dataset']} {first['split']}, {first['threats']}",
-                          f"n = {first['n']:,}, sha256 {first['images']}", *alike),
+                          f"n = {first['n']:,}, sha256 {first['images']}", *how),
                          []).append(network)
     remarks = tuple(standings(results.records)[1])
     return [_board(title, facts, networks, remarks) for (title, *facts), networks in found.items()]
@@ -126,32 +132,61 @@ def _accuracy(line: Mapping[str, object]) -> Cell:
 
 
 def standings(records: Sequence[Record]) -> tuple[list[Standing], list[str]]:
-    """The networks that several threat models tried, and why others of them are not here.
+    """The networks that several threat models tried, and what of them is not here, and why.
 
-    A network is known by its weights and what it makes of a few images, whatever it is called.
+    A network is known by its model and weights, whatever it is called. What it makes of a few
+    images must be the same up to rounding, which differs between machines.
     """
     names = attack_names(records)
-    networks: dict[tuple[object, ...], dict[tuple[str, ...], Record]] = {}
+    networks: dict[tuple[str, ...], list[Record]] = {}
     for r in sorted(records, key=lambda r: (r.n, r.created)):  # the largest, then the newest
-        if r.status == "ok" and r.role == "table" and r.ranked:
-            attack = names[r.dataset, r.split, r.threat, r.attack, canonical(r.attack_config)]
-            network = (r.dataset, r.split, r.weights_sha256, r.fingerprint)
-            networks.setdefault(network, {})[r.threat, attack] = r
-    found, reasons = [], []
-    for measured in networks.values():
-        threats = dict.fromkeys(t for threat, _ in measured for t in threat.split(AND))
-        if len(threats) > 1:
-            one = _standing(list(threats), measured)
+        if r.role == "table" and r.ranked:
+            network = (r.dataset, r.split, r.model, r.weights_sha256)
+            networks.setdefault(network, []).append(r)
+    found: list[Standing] = []
+    reasons: list[str] = []
+    for some in networks.values():
+        if len(_threats(r.threat for r in some)) < 2:
+            continue
+        attacks = [(r.threat, names[r.dataset, r.split, r.threat, r.attack,
+                                    attack_options(r.attack_config)]) for r in some]
+        passed = {attack for attack, r in zip(attacks, some, strict=True) if r.status == "ok"}
+        uses: list[dict[tuple[str, str], Record]] = []  # of the same weights
+        for attack, r in zip(attacks, some, strict=True):
+            if r.status == "ok":
+                same = (use for use in uses
+                        if alike(next(iter(use.values())).fingerprint, r.fingerprint))
+                use = next(same, None)
+                if use is None:
+                    uses.append(use := {})
+                use[attack] = r
+            elif attack not in passed:
+                ended = "failed" if r.status == "failed" else "did not end"
+                reasons.append(f"{_who(r)}: {attack[1]} at {r.threat} left out, it {ended}")
+        for measured in uses:
+            threats = _threats(threat for threat, _ in measured)
+            one = _standing(threats, measured) if len(threats) > 1 else (
+                "with other logits than under other threat models: the same weights, used in "
+                "another way" if len(uses) > 1 else None)
             if isinstance(one, Standing):
                 found.append(one)
-            else:
-                r = next(iter(measured.values()))
-                reasons.append(f"{r.defense} ({r.checkpoint or r.source}): left out, {one}")
-    return found, reasons
+            elif one is not None:
+                reasons.append(f"{_who(next(iter(measured.values())))}: "
+                               f"{'' if len(threats) > 1 else threats[0] + ' '}left out, {one}")
+    return found, list(dict.fromkeys(reasons))
+
+
+def _threats(names: Iterable[str]) -> list[str]:
+    """The single threat models, in order of first appearance."""
+    return list(dict.fromkeys(one for name in names for one in name.split(AND)))
+
+
+def _who(r: Record) -> str:
+    return f"{r.defense} ({r.checkpoint or r.source})"
 
 
 def _standing(
-    threats: Sequence[str], measured: Mapping[tuple[str, ...], Record]
+    threats: Sequence[str], measured: Mapping[tuple[str, str], Record]
 ) -> Standing | str:
     """What is known of one network, or why it cannot be put together."""
     n = min(r.n for r in measured.values())

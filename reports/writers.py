@@ -14,7 +14,7 @@ from robench.files import write_atomic
 from robench.reports import tables
 from robench.reports.analyses import ANALYSES, Analysis
 from robench.reports.base import REPORTS
-from robench.reports.beside import published, published_boards
+from robench.reports.beside import published_boards
 from robench.reports.boards import leaderboards
 from robench.reports.gallery import draw, draw_all, looks_of
 from robench.reports.jsonfile import to_json
@@ -50,12 +50,9 @@ def leaderboard_tex(results: Results, out: Path) -> list[Path]:
 @REPORTS.register("leaderboard-json", description="leaderboard.json: every table with its column "
                                                   "types, nothing rounded")
 def leaderboard_json(results: Results, out: Path) -> list[Path]:
+    frames = {one.stem: one.frame(results) for one in ANALYSES.values()}
     return _write(out / "leaderboard.json", to_json({
-        "leaderboard": tables.leaderboard(results.records),
-        "other_checkpoints": tables.other_checkpoints(results.records),
-        "rob_f": tables.rob_f(results.transfers, results.records),
-        "published": published(results),
-    }))
+        name: frame for name, frame in frames.items() if len(frame)}))
 
 
 @REPORTS.register("leaderboard-html", description="leaderboard.html: everything on one page")

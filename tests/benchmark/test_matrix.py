@@ -29,7 +29,8 @@ from robench.reports.store import RECORDS, load, save
 SRC = Path(__file__).parents[2] / "src"
 # What two runs of the same job may differ in.
 RECORD_CLOCK = {"created", "seconds", "train_seconds", "teacher_seconds", "peak_bytes"}
-CLOCK = {"results.jsonl": RECORD_CLOCK, "transfer.jsonl": set(), "training.jsonl": {"seconds"}}
+CLOCK = {"results.jsonl": RECORD_CLOCK, "transfer.jsonl": {"created"},
+         "training.jsonl": {"created", "seconds"}}
 BOARD_CLOCK = {"train_seconds", "train_and_teacher_seconds"}
 CURVE = 6  # points of the accuracy-over-eps figure
 
@@ -146,6 +147,16 @@ def test_the_rows_of_a_run(finished):
         assert (r.baseline, r.ranked) == (r.defense == "trades", r.checkpoint in ("best", "swa"))
         assert (r.selection, r.epochs, r.seed) == ("val", 2, 0)
     assert len(results.epochs) == 3 * 2
+    spec = json.loads(next((finished / "cells").glob("*/spec.json")).read_text())
+    for e in results.epochs:
+        assert (e.threat, e.attack, e.data_sha256) == (
+            spec["threat"], f"pgd-{spec['train']['select_steps']}", spec["data_sha256"])
+        assert e.n == spec["train"]["validation"] > 0
+        assert e.attack_config["step_size"] == pytest.approx(0.2 / 4)
+    # What differs only in the seed has the same settings; here are three defenses.
+    assert len({e.settings for e in results.epochs} - {""}) == 3
+    assert all(row.created > "2026" for row in (*results.epochs, *results.transfers))
+    assert {t.settings for t in results.transfers} < {e.settings for e in results.epochs}
     assert [(t.defense, t.network) for t in results.transfers] == [
         ("rslad", "teacher"), ("rslad", "student"), ("ard", "teacher"), ("ard", "student")]
 

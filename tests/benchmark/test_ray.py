@@ -109,10 +109,11 @@ def outcome(out):
     results = load([out])
     records = [record.model_dump(exclude=CLOCK) | {"flags": Path(record.flags).name}
                for record in results.records]
-    epochs = [epoch.model_dump(exclude={"seconds"}) for epoch in results.epochs]
+    epochs = [epoch.model_dump(exclude={"created", "seconds"}) for epoch in results.epochs]
     files = {path.relative_to(out): path.read_bytes() for suffix in ("safetensors", "npz")
              for path in (out / "cells").rglob(f"*.{suffix}")}
-    return records, results.transfers, epochs, files
+    transfers = [transfer.model_dump(exclude={"created"}) for transfer in results.transfers]
+    return records, transfers, epochs, files
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -10,7 +10,6 @@ from robench.benchmark.cells import plan
 from robench.benchmark.data import load_dataset
 from robench.benchmark.recipe import ModelSpec
 from robench.benchmark.spec import (
-    _LATER,
     DEFAULT_ATTACKS,
     AttackSpec,
     CellSpec,
@@ -23,6 +22,7 @@ from robench.benchmark.spec import (
 from robench.defenses.base import make_defense, options_of
 from robench.defenses.config import TrainConfig
 from robench.errors import UsageError
+from robench.reports.later import LATER
 
 THREAT = ThreatModel("Linf", 0.1)
 
@@ -300,7 +300,7 @@ def test_settings_that_came_later_are_no_part_of_the_key_at_their_defaults():
     """A new field of TrainConfig must be listed, or every finished cell has another name."""
     later = TrainConfig.model_fields.keys() - FIRST_SETTINGS
     defaults = TrainConfig(epochs=1).model_dump(mode="json")
-    assert _LATER["train"] == {name: defaults[name] for name in later}
+    assert LATER["train"] == {name: defaults[name] for name in later}
 
 
 KEPT = sorted((Path(__file__).parents[2] / "results").glob("*/cells/*/spec.json"))

@@ -195,6 +195,7 @@ def campaign(
             results.records.append(make_record(**known, ranked=False, checkpoint="last"))
             results.epochs.extend(
                 make_epoch(run=run, seed=seed, defense=defense, epoch=epoch,
+                           seconds=known["train_seconds"] / 30,
                            losses={"total": 2.3 * 0.93**epoch + 0.1 * seed},
                            clean=clean * (1 - 0.8 ** (epoch + 1)),
                            robust=robust * (1 - 0.8 ** (epoch + 1)),

@@ -58,7 +58,7 @@ def test_the_accuracy_of_each_class(predicted):
     (worst,) = worst_class([one, other]).to_dict("records")
     assert (worst["worst_class"], worst["worst_name"], worst["worst_class_n"]) == (37.5, "cat", 4)
     assert (worst["best_class"], worst["best_name"], worst["robust"]) == (75, "dog", 50)
-    cells = {(c["true_name"], c["predicted_name"]): (c["images"], c["clean_images"], c["share"])
+    cells = {(c["true_name"], c["predicted_name"]): (c["count"], c["clean_count"], c["share"])
              for c in confusion([one, other]).to_dict("records")}
     assert cells == {
         ("cat", "cat"): (1.5, 3.5, 37.5), ("cat", "dog"): (2, 0.5, 50),
@@ -76,7 +76,7 @@ def test_tables_agree_with_the_counts_of_the_records(predicted, seed, classes, s
     for name, count in (("clean", "n_correct"), ("robust", "n_robust")):
         right = (accuracies[name] * accuracies["n"]).sum() / 100
         assert right == pytest.approx(np.mean([getattr(r, count) for r in records]))
-    assert cells["images"].sum() == pytest.approx(60)
+    assert cells["count"].sum() == pytest.approx(60)
     shares = cells.groupby("true")[["share", "clean_share"]].sum()
     assert np.allclose(shares, 100)
     diagonal = cells[cells["true"] == cells["predicted"]].set_index("true")["share"]

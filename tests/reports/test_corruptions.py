@@ -70,6 +70,36 @@ def test_what_is_not_comparable_is_another_board(make, change):
     assert len(corruption_boards(results)) == 2
 
 
+def test_the_spread_of_the_seeds_is_in_the_board(make):
+    other = {"fog": (160, 80), "saturate": (0, 0), "snow": (80, 0)}
+    two = Results(corruptions=[make(), make(other, seed=1, weights_sha256="v")])
+    assert "| fog" in (text := markdown(corruption_boards(two)[0]))
+    assert "50.0 ± 28.3" in text and "± is the standard deviation over seeds" in text
+    assert "±" not in markdown(corruption_boards(Results(corruptions=[make()]))[0])
+
+
+def test_figures_say_whose_and_of_what_they_are(make):
+    heat, curve = draw_all(Results(corruptions=[make(weights_sha256="u")]))
+    assert heat.figure.axes[0].get_title().endswith("corrupted: trades")
+    assert curve.figure.axes[0].get_ylabel() == "mean accuracy over 2 corruptions (%)"
+    heat, _ = draw_all(Results(corruptions=[make(), make(defense="mart", weights_sha256="u")]))
+    assert heat.figure.axes[0].get_title().endswith("mean over the severities")
+
+
+def test_all_that_a_tall_heat_map_says_is_inside(make):
+    for some in ([make({name: (200,) * 5 for name in STANDARD}, defense=defense,
+                       weights_sha256=defense) for defense in names]
+                 for names in (["trades"], ["trades", "mart", "pgd-at"])):
+        heat = draw_all(Results(corruptions=some))[0].figure
+        heat.draw_without_rendering()
+        axes, (width, height) = heat.axes[0], heat.get_size_inches() * heat.dpi
+        assert height < 8 * heat.dpi
+        for text in (*axes.get_yticklabels(), *axes.get_xticklabels(), axes.yaxis.label,
+                     axes.xaxis.label, axes.title):
+            box = text.get_window_extent()
+            assert -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1
+
+
 def test_figures_and_page(make):
     one, several = [make()], [make(), make(defense="pgd-at", weights_sha256="u")]
     for some, words in ((one, "1 80.0, 2 60.0"), (several, "trades 70.0, pgd-at 70.0")):

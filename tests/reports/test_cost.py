@@ -34,8 +34,26 @@ def test_a_training_counts_once_whatever_was_attacked(trained):
 
 def test_a_training_without_records_is_in_its_log(make_epoch, trained):
     epochs = [make_epoch(run=run, epoch=i, seconds=2.0) for run in ("a", "z") for i in range(3)]
-    frame = cost(Results(trained("a"), epochs=epochs))
-    assert sum(line["seconds"] for line in of(frame, "training")) == 106.0
+    frame = cost(Results(trained("a", train_seconds=6.0), epochs=epochs))
+    assert sum(line["seconds"] for line in of(frame, "training")) == 12.0
+
+
+def test_the_same_run_trained_on_two_machines_took_both_times(trained, make_epoch):
+    results = Results([*trained("a"), *trained("a", device="cuda: X", train_seconds=3.0)],
+                      epochs=[make_epoch(run="a", seconds=8.0)])  # a third, never attacked
+    found = {line["device"]: (line["networks"], line["seconds"])
+             for line in of(cost(results), "training")}
+    assert found == {"cpu": (1, 100.0), "cuda: X": (1, 3.0), "": (1, 8.0)}
+
+
+def test_networks_that_only_surveys_know_are_named(trained, make_steps):
+    steps = [make_steps(run=run, weights_sha256=run, defense=name) for run, name in (
+        ("a", "trades"), ("s", "mart"), ("s2", "mart"), ("", "elsewhere.pt"))]
+    frame = cost(Results(trained("a"), steps=steps))
+    lines = {line["what"]: line for line in of(frame, "training")}
+    assert {what: (line["networks"], line["untimed"]) for what, line in lines.items()} == {
+        "trades": (1, 0), "mart": (2, 2), "networks from outside": (1, 1)}
+    assert pd.isna(lines["mart"]["seconds"]) and lines["trades"]["seconds"] == 100.0
 
 
 def test_attacks_are_added_up(trained):

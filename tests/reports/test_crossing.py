@@ -57,9 +57,18 @@ def test_two_networks_of_one_seed_are_told_apart(make_crossings):
             for shown in one.shown)}) for one in make_crossings(PAIRS)]
     frame = crossing(Results(crossings=make_crossings(PAIRS) + again))
     assert len(frame) == 8 and set(frame["seeds"]) == {1}
-    assert set(frame["evaluated_on"]) == {
-        f"{name} (source={again}{name}0 {again}{name}0)"
-        for name in "ab" for again in ("", "again ")}
+    assert set(frame["evaluated_on"]) == {  # the row of all seeds keeps the one surveyed last
+        *"ab", *(f"{name} (source={name}0 {name}0)" for name in "ab")}
+
+
+def test_another_network_of_a_seed_leaves_the_seeds_together(make_steps):
+    seeds = [make_steps(seed=seed, weights_sha256=str(seed)) for seed in range(3)]
+    extra = make_steps(weights_sha256="old", created="2026-11-01T10:00:00+00:00",
+                       fell_at=(100, 0, 0, 0))
+    frame = over_steps(Results(steps=[extra, *seeds]))
+    assert dict(zip(frame["name"], frame["seeds"], strict=True)) == {
+        "trades": 3, "trades (source=a.safetensors old)": 1}
+    assert frame["accuracy"].iloc[-1] == pytest.approx(55) and len(frame) == 8
 
 
 def test_the_newest_measurement_counts(make_crossings):

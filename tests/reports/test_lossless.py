@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
-from robench.reports import render, tables
+from robench.reports import Corruptions, Gallery, Landscape, Results, load, render, save, tables
+from robench.reports.analyses import ANALYSES
 from robench.reports.jsonfile import from_json, to_json
+from robench.reports.record import Picture
 
 # Names that a careless reader or writer would take for something else.
 TEXT = st.text(max_size=8) | st.sampled_from(
@@ -73,16 +76,66 @@ def test_csv_is_what_others_read(make_record):
     assert read["label"] == 'a "b", c' and read["pgd-20"] == frame.loc[0, "pgd-20"]
 
 
-def test_the_files_of_a_report_hold_the_tables(campaign, tmp_path):
-    render(campaign, tmp_path, ["csv", "json"])
+HOSTILE = 'a "b", <i>c\r\nd</i>'  # in CSV and JSON at once
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.fixture
+def made_up(predicted, make_record, make_transfer, make_epoch, make_steps, make_crossings):
+    """Something for every analysis, with hostile names, missing values and losses of no number."""
+    known = {"defense": HOSTILE, "recipe": HOSTILE, "dataset": "cifar10"}
+    label, taken = [0, 0, 1, 1], [[0, 1, 1, 0], [0, -1, 1, 1], [0, 0, 0, 1]]
+    records = [predicted(label, [0, 0, 1, 0], some, (HOSTILE, "b"), **known, **other)
+               for some, other in zip(taken, ({}, {"attack": "cw"}, {"threat": "L2:0.5"}),
+                                      strict=True)]
+    records += [make_record(**known, role="curve"),
+                make_record(**known, ranked=False, checkpoint="last", source=HOSTILE, notes=("",)),
+                make_record(**known, attack="fgsm", status="failed", error=HOSTILE, n_robust=0)]
+    records += [make_record(**{**known, "dataset": HOSTILE}, defense_config={"option": value},
+                            seed=seed, weights_sha256=f"{value} {seed}")
+                for value in (HOSTILE, None) for seed in (0, 1)]
+    survey = make_steps(**known, run="r", source=HOSTILE)
+    facts = survey.model_dump(exclude={"fell_at", "n_correct", "attack_seed"})
+    picture = Picture(image=0, label=0, clean_confidence=float("nan"), predicted=-1,
+                      confidence=float("nan"), fooled=True, distance=0.03)
+    return Results(
+        records, [make_transfer(**known)],
+        [make_epoch(**known, epoch=i, clean=None, robust=None, rob_f={HOSTILE: (0.1, 0.2)},
+                    losses={"total": loss}, averages={"swa": (None, 0.5)})
+         for i, loss in enumerate((float("nan"), float("inf"), 1.0))],
+        [Landscape(**facts, kind="weight", direction_seed=0, alphas=(-1, 0, 1),
+                   losses=((loss, 1.0, 2.0),)) for loss in (float("nan"), float("inf"), 3.0)],
+        make_crossings({HOSTILE: {HOSTILE: 0}}, clean=0), [survey],
+        [Gallery(**{**facts, "n": 1}, attack_seed=0, classes=(HOSTILE,), shape=(1, 1, 1), scale=0,
+                 pictures=(picture,), sheet=b"")],
+        [Corruptions(**facts, clean=300, right={HOSTILE: (200,), "fog": (100,)})])
+
+
+@pytest.mark.parametrize("one", ANALYSES.values(), ids=ANALYSES)
+def test_the_table_of_every_analysis_survives_csv_and_json(one, made_up):
+    runs = sorted(path.parent for path in RESULTS.glob("*/results.jsonl"))
+    committed = [load([run]) for run in runs]
+    assert not one.frame(made_up).empty and len(committed) >= 2
+    for results in (made_up, *committed, Results()):
+        frame = one.frame(results)
+        assert_frame_equal(tables.from_csv(tables.to_csv(frame)), frame, check_exact=True)
+        assert_frame_equal(from_json(to_json({"a": frame}))["a"], frame, check_exact=True)
+
+
+def test_the_files_of_a_report_hold_all_tables(made_up, tmp_path):
+    save(tmp_path, made_up)
+    results = load([tmp_path])
+    render(results, tmp_path, ["csv", "json"])
     read = from_json((tmp_path / "leaderboard.json").read_text(encoding="utf-8"))
-    expected = {
-        "leaderboard": tables.leaderboard(campaign.records),
-        "other_checkpoints": tables.other_checkpoints(campaign.records),
-        "rob_f": tables.rob_f(campaign.transfers, campaign.records),
-    }
-    assert list(read) == [*expected, "published"] and len(expected["leaderboard"]) == 3
-    for name, frame in expected.items():
-        assert_frame_equal(read[name], frame, check_exact=True)
-    with (tmp_path / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
-        assert_frame_equal(tables.from_csv(file.read()), expected["leaderboard"], check_exact=True)
+    assert list(read) == [one.stem for one in ANALYSES.values()]
+    for one in ANALYSES.values():
+        frame = one.frame(results)
+        assert_frame_equal(read[one.stem], frame, check_exact=True)
+        with (tmp_path / one.file).open(encoding="utf-8", newline="") as file:
+            assert_frame_equal(tables.from_csv(file.read()), frame, check_exact=True)
+
+
+def test_a_report_without_lines_has_no_table(make_transfer, tmp_path):
+    render(Results(transfers=[make_transfer()]), tmp_path, ["json"])
+    read = from_json((tmp_path / "leaderboard.json").read_text(encoding="utf-8"))
+    assert list(read) == ["rob_f", "cost"]

@@ -30,7 +30,7 @@ def measure(make_record, write_flags, tmp_path):
 
 
 def sets(frame):
-    return dict(zip(frame["fooled_by"], frame["images"], strict=True))
+    return dict(zip(frame["fooled_by"], frame["count"], strict=True))
 
 
 def test_images_by_the_attacks_that_fool_them(measure):
@@ -54,9 +54,9 @@ def test_the_sets_are_a_partition(measure, seed, limit):
               for name in ATTACKS}
     frame = overlap(measure("trades", correct, robust))
     assert set(frame["n"]) == {limit} and frame["fooled_by"].is_unique
-    assert frame["images"].sum() == correct[:limit].sum()
+    assert frame["count"].sum() == correct[:limit].sum()
     for name in ATTACKS:
-        fooled = frame["images"][[name in names for names in frame["fooled_by"]]].sum()
+        fooled = frame["count"][[name in names for names in frame["fooled_by"]]].sum()
         assert fooled == (correct & ~np.resize(robust[name], 40))[:limit].sum()
 
 

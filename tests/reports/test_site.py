@@ -1,12 +1,17 @@
 """A site of several runs."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from robench.errors import UsageError
-from robench.reports import Results, save
+from robench.reports import Results, load, save
+from robench.reports.page import sections
 from robench.reports.site import site
+
+REPOSITORY = Path(__file__).parents[2]
+RUNS = sorted(path.parent for path in REPOSITORY.glob("results/*/results.jsonl"))
 
 
 @pytest.fixture
@@ -43,3 +48,12 @@ def test_single_runs_and_no_runs(runs, tmp_path):
     with pytest.raises(UsageError, match="cannot be called 'index'"):
         site([runs], tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_committed_pages_have_the_tabs_of_today(run):
+    """Else they are older than an analysis: `robench report` renders them again."""
+    tabs = [section.id for section in sections(load([run]), run)]
+    for page in (run / "leaderboard.html", REPOSITORY / "docs" / f"{run.name}.html"):
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r'<section id="([^"]+)"', text) == tabs, page

@@ -111,6 +111,38 @@ def test_what_did_not_end_well_does_not_count(measured):
     assert union(records).empty
 
 
+def test_a_rounded_fingerprint_is_of_the_same_network(measured):
+    """Another machine: the last digits of the logits differ."""
+    records = [measured(LINF, "11110000"), measured(L2, "11001100", fingerprint=(1.50001, -2.0))]
+    assert table(records)["all"] == (2, True) and standings(records)[1] == []
+
+
+def test_weights_that_are_used_in_another_way_are_another_network(measured):
+    records = [measured(LINF, "11110000"), measured(L2, "11110000"),
+               measured(L1, "11001100", fingerprint=(7.0, 1.0))]
+    (one,), (reason,) = standings(records)
+    assert set(one.under) == {LINF, L2}
+    assert reason == (f"trades (best): {L1} left out, with other logits than under other threat "
+                      "models: the same weights, used in another way")
+    found, reasons = standings(records[1:])
+    assert found == [] and len(reasons) == 2
+    other = [measured(LINF, "11110000"), measured(L2, "11110000", model="with-normalization")]
+    assert standings(other) == ([], [])
+
+
+def test_a_measurement_that_did_not_end_is_said(measured):
+    records = [measured(LINF, "11110000"), measured(L2, "11001100"),
+               measured(L1, "00000000", status="failed", error="no"),
+               measured(L2, "11110000", attack="cw", status="partial", n_open=1),
+               # again, and well
+               measured(LINF, "11110000", status="failed", created="2026-11-01")]
+    assert table(records)["all"] == (2, True)
+    (board,) = union_boards(Results(records))
+    assert board.remarks == (
+        f"trades (best): autoattack at {L1} left out, it failed",
+        f"trades (best): cw at {L2} left out, it did not end")
+
+
 # The attack `union`
 
 STAGES = [f"{threat} {part}" for threat in (LINF, L2, L1) for part in ("apgd-ce", "square")]
