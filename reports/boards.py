@@ -23,6 +23,7 @@ from robench.reports.text import (
     points,
 )
 from robench.reports.trust import flag
+from robench.reports.uncertainty import estimate
 
 # Shown as a column where rows differ, otherwise said once above the table.
 SHARED = {"recipe": "Recipe", "epochs": "Epochs", "model": "Model", "source": "Source"}
@@ -61,8 +62,16 @@ def rob_f_boards(frame: pd.DataFrame, ids: Sequence[str] = ()) -> list[Board]:
     `ids` are those of the frame's rows, for links to their records.
     """
     links: list[tuple[str, ...]] = [(f"#{one}",) for one in ids] or [()] * len(frame)
-    return [_rob_f(group, [links[i] for i in group.index]) for _, group in
-            frame.groupby(["dataset", "threat", "attack"], sort=False)]
+    boards = []
+    for _, group in frame.groupby(["dataset", "threat", "attack"], sort=False):
+        boards += [*_rob_f_means(group), _rob_f(group, [links[i] for i in group.index])]
+    return boards
+
+
+def rob_f_summary(frame: pd.DataFrame) -> list[Board]:
+    """Like `rob_f_boards`, but a line for each network where there are several seeds."""
+    return [board for _, group in frame.groupby(["dataset", "threat", "attack"], sort=False)
+            for board in _rob_f_means(group) or [_rob_f(group, [()] * len(group))]]
 
 
 def group_title(group: pd.DataFrame) -> str:
@@ -89,11 +98,8 @@ def _leaderboard(group: pd.DataFrame, links: Links) -> Board:
 
 def _rob_f(group: pd.DataFrame, links: Sequence[tuple[str, ...]]) -> Board:
     lines = group.to_dict("records")
-    several = [name for name in ("recipe", "model") if group[name].nunique() > 1]
-    words = {"label": "Defense", **{name: SHARED[name] for name in several},
-             "checkpoint": "Checkpoint", "selection": "Selected on", "network": "Network f"}
     columns = [
-        *(_words(title, lines, name) for name, title in words.items()),
+        *(_words(title, lines, name) for name, title in _rob_f_words(group).items()),
         _column("Seed", lines, lambda line: Cell(str(line["seed"]))),
         *(Column(title, tuple(Cell(percent(line[name], line["n"]), links=link)
                               for line, link in zip(lines, links, strict=True)))
@@ -101,9 +107,41 @@ def _rob_f(group: pd.DataFrame, links: Sequence[tuple[str, ...]]) -> Board:
         _column("Images", lines, lambda line: Cell(f"{line['n']:,}", sort=line["n"])),
         _column("Warnings", lines, _transfer_flag),
     ]
-    first = lines[0]
-    return Board(f"{first['dataset']}, {first['threat']}, {first['attack']}", tuple(columns),
-                 facets=_facets(group))
+    return Board(_rob_f_title(lines[0]), tuple(columns), facets=_facets(group))
+
+
+def _rob_f_means(group: pd.DataFrame) -> list[Board]:
+    """A line for each network, mean and standard deviation over its seeds; none without several."""
+    words = _rob_f_words(group)
+    nets = [net for _, net in group.groupby([*words, "n"], sort=False, dropna=False)]
+    if all(len(net) < 2 for net in nets):
+        return []
+    first = [net.iloc[0].to_dict() for net in nets]
+
+    def mean(net: pd.DataFrame, name: str) -> Cell:
+        n = int(net["n"].iloc[0])
+        got = estimate((net[name] * n / 100).tolist(), n)
+        return accuracy(100 * got.mean, 100 * got.std, 100 * got.low, 100 * got.high, n=n,
+                        failed=0, show_n=False)
+
+    columns = [
+        *(_words(title, first, name) for name, title in words.items()),
+        Column("Seeds", tuple(Cell(str(len(net))) for net in nets)),
+        *(Column(title, tuple(mean(net, name) for net in nets)) for name, title in ROB_F.items()),
+        _column("Images", first, lambda line: Cell(f"{line['n']:,}", sort=line["n"])),
+    ]
+    return [Board(f"{_rob_f_title(first[0])}: means over seeds", tuple(columns),
+                  ("± is the standard deviation over seeds",))]
+
+
+def _rob_f_words(group: pd.DataFrame) -> dict[str, str]:
+    several = [name for name in ("recipe", "model") if group[name].nunique() > 1]
+    return {"label": "Defense", **{name: SHARED[name] for name in several},
+            "checkpoint": "Checkpoint", "selection": "Selected on", "network": "Network f"}
+
+
+def _rob_f_title(line: Line) -> str:
+    return f"{line['dataset']}, {line['threat']}, {line['attack']}"
 
 
 def _transfer_flag(line: Line) -> Cell:

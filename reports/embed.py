@@ -18,7 +18,7 @@ from robench.errors import UsageError
 from robench.files import write_atomic
 from robench.reports import tables
 from robench.reports.ablation import ablation_boards
-from robench.reports.boards import leaderboards, rob_f_boards
+from robench.reports.boards import leaderboards, rob_f_summary
 from robench.reports.landscape import landscape_boards, sharpness
 from robench.reports.store import Results, load
 from robench.reports.text import Board, markdown
@@ -28,7 +28,7 @@ MARK = re.compile(r"^(<!-- robench: (?P<run>\S+) (?P<table>\S+) -->\n).*?^(<!-- 
 TABLES: dict[str, Callable[[Results], list[Board]]] = {
     "ablation": ablation_boards,
     "leaderboard": lambda results: leaderboards(tables.leaderboard(results.records)),
-    "rob_f": lambda results: rob_f_boards(tables.rob_f(results.transfers, results.records)),
+    "rob_f": lambda results: rob_f_summary(tables.rob_f(results.transfers, results.records)),
     "sharpness": lambda results: landscape_boards(sharpness(results.landscapes, results.records)),
 }
 

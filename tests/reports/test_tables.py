@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from robench.reports import tables
+from robench.reports.boards import rob_f_boards, rob_f_summary
 from robench.reports.uncertainty import wilson
 
 AA = "pyautoattack:standard"
@@ -145,3 +146,16 @@ def test_overfitting_is_a_column(make_record):
     line = table.loc[table.index != "a"].iloc[0]
     assert line["robust_overfitting"] == pytest.approx(6.0) and line["catastrophic_epoch"] == 9
     assert table.loc["a"][["robust_overfitting", "catastrophic_epoch"]].isna().all()
+
+
+def test_rob_f_has_a_line_of_means_for_each_network_with_several_seeds(make_transfer):
+    transfers = [make_transfer(seed=seed, run=f"run-{seed}", self_crafted=crafted)
+                 for seed, crafted in enumerate((4, 8, 12))]
+    means, seeds = rob_f_boards(tables.rob_f(transfers))
+    cells = {column.title: column.cells for column in means.columns}
+    assert [cell.text for cell in cells["Seeds"]] == ["3"]
+    assert cells["Rob_f(x_f*) %"][0].text == "2.0 ± 1.0"
+    assert len(seeds.columns[0].cells) == 3
+    assert len(rob_f_boards(tables.rob_f(transfers[:1]))) == 1
+    assert rob_f_summary(tables.rob_f(transfers)) == [means]
+    assert [len(board.rows) for board in rob_f_summary(tables.rob_f(transfers[:1]))] == [1]
