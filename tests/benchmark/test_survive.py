@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import random
 import resource
 import shutil
 import signal
@@ -24,6 +23,8 @@ from robench.attacks.search import Search
 from robench.benchmark.matrix import run
 from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
+
+from .kills import kill_until, seconds_of_writing
 
 SRC = Path(__file__).parents[2] / "src"
 LONG = ("run", "--defense", "pgd-at", "--baseline", "trades", "--epochs", "500", "--device", "cpu",
@@ -284,23 +285,25 @@ def finished(tmp_path, robench, monkeypatch):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_report_that_is_killed_is_written_again(finished, robench, check_files, kills):
-    rng, effective = random.Random(kills), 0
     before, data = contents(finished), finished / "results.jsonl"
-    for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
-        path.unlink()
-    for _ in range(kills):
-        process = start(finished.parent, "report", "out")
-        until(lambda: (finished / LOCK).exists(), process)
-        time.sleep(rng.uniform(0, 2))
-        effective += process.poll() is None
-        process.kill()
-        process.communicate(timeout=60)
+
+    def begin():
+        return start(finished.parent, "report", "out")
+
+    def killed():
         assert check_files(finished) >= 5
         assert data.read_bytes() == before[Path("results.jsonl")]
-    assert effective >= kills / 2
+
+    def ended():
+        assert contents(finished) == before
+
+    seconds = seconds_of_writing(begin(), finished)
+    for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
+        path.unlink()
+    kill_until(kills, begin, finished, seconds, killed=killed, ended=ended)
     done = robench("report", "out")
     assert done.code == 0, done.err
-    assert contents(finished) == before
+    ended()
 
 
 def contents(folder):
