@@ -9,7 +9,7 @@ from subprocess import Popen
 
 from robench.files import LOCK
 
-PATIENCE = 300  # seconds for the first file, or for the end: hours are lost on no hang
+PATIENCE = 1200  # seconds for the first file, or for the end: the machine may be busy with others
 
 
 def written(folder: Path) -> dict[Path, tuple[int, int, int]]:
