@@ -56,8 +56,9 @@ def tiny_imagenet(request: Request) -> Dataset:
     faults = [wnid for wnid, files in zip(wnids, trained, strict=True) if not files]
     faults += [wnid for _, wnid in tested if wnid not in label]
     if not tested or faults or len(label) < len(wnids):
-        raise UsageError(f"{folder} is damaged: class {(faults or wnids)[0]!r} of wnids.txt, "
-                         "train/ and val/val_annotations.txt do not fit together")
+        named = f"class {faults[0]!r} of " * bool(faults)
+        raise UsageError(f"{folder} is damaged: {named}wnids.txt, train/ and "
+                         "val/val_annotations.txt do not fit together")
     look = Look(headers(trained[0][:1])[0][0][0])
     owners = np.repeat([label[wnid] for wnid in wnids], [len(files) for files in trained])
     # The files are sorted by class; shuffled, the first n are a fair sample.
