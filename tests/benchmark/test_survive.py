@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from robench.attacks.search import Search
 from robench.benchmark.matrix import run
 from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
+from robench.reports.store import load, save
 
 from .kills import kill_until, seconds_of_writing
 
@@ -385,3 +387,37 @@ def test_a_training_out_of_memory_names_a_batch_size_that_fits(
     with pytest.raises(RobenchError, match=f"out of memory with batches of 64; {advice}"):
         run(spec)
     assert not list(tmp_path.rglob("done.json"))
+
+
+def test_an_evaluation_out_of_memory_goes_on_in_halves_and_its_record_says_so(
+    tmp_path, robench, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robench.benchmark.external.render",  # without its figures
+                        lambda results, out: save(out, results))
+    (tmp_path / "tight_net.py").write_text("""
+import torch
+from torch import nn
+
+class Tight(nn.Sequential):
+    def __init__(self, room):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.room = room
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+def tight(): return Tight(7)
+def roomy(): return Tight(1000)
+""")
+    for name in ("tight", "roomy"):
+        done = robench("eval", f"tight_net:{name}", "--attack", "pgd-3", "--limit", 30,
+                       "--threat", "Linf:0.02", "--device", "cpu", "--quiet", "--out", name)
+        assert done.code == 0, done.err
+    tight, roomy = (load([tmp_path / name]).records[0] for name in ("tight", "roomy"))
+    assert (tight.n_correct, tight.n_robust) == (roomy.n_correct, roomy.n_robust)
+    assert re.search(r"short of memory: [1-7] at a time$", tight.prepared)
+    assert "memory" not in roomy.prepared

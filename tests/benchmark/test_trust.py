@@ -12,7 +12,7 @@ from torch import nn
 
 from robench.attacks.base import ATTACKS, make_attack
 from robench.attacks.threat import ThreatModel
-from robench.attacks.verify import verify
+from robench.attacks.verify import ABSOLUTE, RELATIVE, verify
 from robench.benchmark import checks
 from robench.benchmark.checkpoints import save_checkpoint
 from robench.benchmark.checks import examine
@@ -31,9 +31,9 @@ from robench.benchmark.trust.active import (
 from robench.benchmark.trust.diagnosis import ATTACKS as EXAMINED
 from robench.benchmark.trust.diagnosis import examine_attacks
 from robench.benchmark.trust.outcome import OUTCOMES, Patient
-from robench.reports.judge import NETWORK
+from robench.reports.judge import FALLS, NETWORK
 from robench.reports.store import save
-from robench.reports.trust import CHECKS, Finding, id_of, texts
+from robench.reports.trust import CHECKS, LUCK, Finding, id_of, texts
 
 from .frauds import EPOCHS, FRAUDS, SOUND, THREAT, digits, plant, sound
 
@@ -419,6 +419,23 @@ def test_numbers_of_a_network_solved_by_hand():
     assert OUTCOMES["uncertainty"](p).value == pytest.approx(0.2, abs=0.01)  # Wilson at 20
 
 
+@pytest.mark.parametrize("edge", ["constant", "one image", "one class", "eps 0", "none right"])
+def test_numbers_at_the_edges(edge):
+    """Each check has a number, or says why it cannot have one."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        net[1].weight.mul_(0 if edge == "constant" else 1)
+    images = digits().test.take(1 if edge == "one image" else 12)
+    y = {"one class": torch.zeros_like(images.y),
+         "none right": (net(images.x).argmax(1) + 1) % 10}.get(edge, images.y)
+    threat = ThreatModel("Linf", 0.0 if edge == "eps 0" else 0.1)
+    p = Patient(Target(net, Images(images.x, y)), threat, (AttackSpec(name="pgd-5"),),
+                digits().train.take(200), 10)
+    for found in examine_attacks(p):
+        assert not found.note.startswith("could not be made"), found
+        assert found.value is None and found.note or 0 <= found.value < float("inf"), found
+
+
 # The command
 
 
@@ -493,6 +510,22 @@ def check_table():
 
 def test_the_documented_checks_are_these():
     assert check_table() in DOCS.read_text(encoding="utf-8")
+
+
+def test_the_documented_rules_are_compared_with_these_limits():
+    text = DOCS.read_text(encoding="utf-8").partition("| the checklist's rule |")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]
+            if line.startswith("|")]
+    numbered = sorted((c for c in CHECKS.values() if c.number), key=lambda c: c.number)
+    assert [(number, id, limit, level) for number, id, _, limit, level, _ in rows] == [
+        (str(c.number), f"`{c.id}`", "" if c.level == "report" else c.shown(c.limit), c.level)
+        for c in numbered]
+    why = {id.strip("`"): f"{rule} {text}" for _, id, rule, _, _, text in rows}
+    for id, number in (("zero-grad", checks.SAMPLE), ("masking", LUCK), ("noise", outcome.DRAWS),
+                       ("steps-converged", outcome.SOME), ("grad-vs-fd", checks.STEP),
+                       ("outside", RELATIVE), ("outside", ABSOLUTE)):
+        assert f"{number:g}".replace("e-0", "e-") in why[id].replace("e-0", "e-"), id
+    assert f"fewer than {FALLS:.0%}".replace("%", " %") in why["catastrophic-overfitting"]
 
 
 @pytest.mark.parametrize("name", SOUND)
