@@ -56,8 +56,8 @@ def tiny_imagenet(request: Request) -> Dataset:
     faults = [wnid for wnid, files in zip(wnids, trained, strict=True) if not files]
     faults += [wnid for _, wnid in tested if wnid not in label]
     if not tested or faults or len(label) < len(wnids):
-        named = f"class {faults[0]!r} of " * bool(faults)
-        raise UsageError(f"{folder} is damaged: {named}wnids.txt, train/ and "
+        named = [f"class {wnid!r} of " for wnid in faults[:1]]
+        raise UsageError(f"{folder} is damaged: {''.join(named)}wnids.txt, train/ and "
                          "val/val_annotations.txt do not fit together")
     look = Look(headers(trained[0][:1])[0][0][0])
     owners = np.repeat([label[wnid] for wnid in wnids], [len(files) for files in trained])

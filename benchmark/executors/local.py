@@ -101,8 +101,8 @@ def _start(request: Request, messages: Queue[Message], places: Any) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """Once: the terminal, the pool that lost a process and `_end` may all tell a worker to end. A
-    second exit in the middle of the first would leave semaphores and files behind."""
+    """Once: the scheduler, the pool that lost a process and `_end` may all tell a worker to end,
+    and a second exit in the middle of the first would cut short what is kept."""
     global _leaving
     if not _leaving:
         _leaving = True

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,9 @@ from torch import nn
 from robench import files
 from robench.attacks.network import Network
 from robench.attacks.search import Search
+from robench.benchmark.executors import local
 from robench.benchmark.matrix import run
+from robench.benchmark.progress import Reporter, relayed
 from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
 from robench.reports.store import load, save
@@ -238,6 +242,27 @@ def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
     assert left == []
     assert len(list(tmp_path.glob("out/cells/*/state.pt"))) == 2
     assert left_over(tmp_path) == []
+
+
+def test_nothing_of_a_relay_is_left_to_hold_its_semaphores():
+    """A thread that drops them while the process ends leaks them."""
+    said, before = [], set(threading.enumerate())
+    reporter = Reporter(quiet=True)
+    reporter.say = said.append
+    with relayed(reporter) as messages:
+        writer = multiprocessing.get_context("spawn").Process(
+            target=messages.put, args=(("say", None, "last words", None),))
+        writer.start()
+        writer.join()
+    assert said == ["last words"]
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_worker_that_is_told_to_end_twice_ends_once(monkeypatch):
+    monkeypatch.setattr(local, "_leaving", False)
+    with pytest.raises(SystemExit):
+        local._leave(signal.SIGTERM, None)
+    local._leave(signal.SIGTERM, None)  # while the first is on its way
 
 
 def test_a_search_that_is_interrupted_has_kept_its_last_step(tmp_path, robench, monkeypatch):
