@@ -435,14 +435,14 @@ class Tight(nn.Sequential):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return super().forward(x)
 
-def tight(): return Tight(7)
+def tight(): return Tight(1)
 def roomy(): return Tight(1000)
 """)
     for name in ("tight", "roomy"):
-        done = robench("eval", f"tight_net:{name}", "--attack", "pgd-3", "--limit", 30,
+        done = robench("eval", f"tight_net:{name}", "--attack", "pgd-3", "--limit", 300,
                        "--threat", "Linf:0.02", "--device", "cpu", "--quiet", "--out", name)
         assert done.code == 0, done.err
     tight, roomy = (load([tmp_path / name]).records[0] for name in ("tight", "roomy"))
-    assert (tight.n_correct, tight.n_robust) == (roomy.n_correct, roomy.n_robust)
-    assert re.search(r"short of memory: [1-7] at a time$", tight.prepared)
+    assert 1 < tight.n_correct == roomy.n_correct and tight.n_robust == roomy.n_robust
+    assert re.search(r"short of memory: 1 at a time$", tight.prepared)
     assert "memory" not in roomy.prepared
