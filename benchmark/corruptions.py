@@ -104,7 +104,7 @@ def _unfinished(
         seconds = float(arrays.pop("seconds"))
         if np.allclose(arrays.pop("fingerprint"), fingerprint, rtol=1e-3, atol=1e-3):
             return {name: tuple(counts.tolist()) for name, counts in arrays.items()}, seconds
-    except (OSError, ValueError, KeyError):  # not there, or damaged: begin anew
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: begin anew
         pass
     return {}, 0.0
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robench.attacks.base import frozen
 from robench.attacks.gradient import PGD
+from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
 from robench.benchmark.cells import Cell, selection_of
@@ -42,7 +43,7 @@ class Subject:
     def fingerprint(self) -> tuple[float, ...]:
         """The largest logit of each image: the same weights may be used in another way."""
         with torch.no_grad(), frozen(self.net), full_precision():
-            top = self.net(self.images).amax(1)
+            top = Batches(len(self.images))(self.net, self.images).amax(1)
         return tuple(float(f"{value:.6g}") for value in top.tolist())
 
 

@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import queue
 import sys
 import threading
 import time
@@ -162,14 +163,35 @@ class Remote(Reporter):
 def relayed(reporter: Reporter) -> Iterator[Queue[Message]]:
     """A queue through which the Remote reporters of other processes use this one."""
     messages: Queue[Message] = multiprocessing.get_context("spawn").Queue()
-    screen = threading.Thread(target=reporter.relay, args=(messages,), daemon=True)
+    done = threading.Event()
+    screen = threading.Thread(target=reporter.relay, args=(_Until(messages, done),), daemon=True)
     screen.start()
     try:
         yield messages
     finally:
-        messages.cancel_join_thread()  # who was killed while it wrote may have left it closed
-        messages.put(("end", None, None, None))
-        screen.join(5)
+        done.set()
+        screen.join(5)  # who was killed while it wrote may have left half a message
+
+
+class _Until:
+    """The messages of a queue, and an end once all are read that were there when it was `done`.
+
+    The end is no message of the queue: this process would start a thread to send it, which waits
+    forever where a killed worker holds the lock; left behind, it drops that lock when the process
+    is already ending, and the semaphore leaks.
+    """
+
+    def __init__(self, messages: Queue[Message], done: threading.Event) -> None:
+        self._messages, self._done = messages, done
+
+    def get(self) -> Message:
+        while True:
+            over = self._done.is_set()
+            try:
+                return self._messages.get(timeout=0.1)
+            except queue.Empty:
+                if over:
+                    return "end", None, None, None
 
 
 class EpochWatcher(Watcher):

@@ -134,7 +134,7 @@ def check(
     for name in metrics:
         if name not in known:
             raise unknown("metric", name, known)
-    pairs = [_compared(old, new, alpha) for old, new in _pairs(current, baseline, metrics)]
+    pairs = list(_comparisons(current, baseline, metrics, alpha))
     drops = [(i, one.drop) for i, one in enumerate(pairs) if one.drop is not None]
     adjusted = holm([drop.p for _, drop in drops])
     for (i, drop), p in zip(drops, adjusted, strict=True):
@@ -169,10 +169,11 @@ def _sides(entries: Iterable[Measured]) -> list[Side]:
             for some in found.values()]
 
 
-def _pairs(
-    current: Sequence[Measured], baseline: Sequence[Measured], metrics: Sequence[str]
-) -> Iterator[tuple[Side, Side | None]]:
-    """Each side of the baseline that is asked for, with what it is to be compared with."""
+def _comparisons(
+    current: Sequence[Measured], baseline: Sequence[Measured], metrics: Sequence[str], alpha: float
+) -> Iterator[Comparison]:
+    """Each side of the baseline that is asked for, with what it is to be compared with. What the
+    baseline lacks is said; where it has nothing to compare by, nothing guards that network."""
     old, new = _sides(baseline), _sides(current)
     single = len({s.network for s in old}) == len({s.network for s in new}) == 1
     groups: dict[tuple[str, ...], list[Side]] = {}
@@ -180,14 +181,21 @@ def _pairs(
         groups.setdefault((*side.network, *side.setting), []).append(side)
     for sides in groups.values():
         rivals = [s for s in new if single or s.network == sides[0].network]
-        for metric in metrics or (_strongest(sides),):
-            mine = _of(sides, metric)
-            if not mine:
-                continue  # it is of another network of the baseline
+        chosen = metrics or (_strongest(sides),)
+        found = {metric: mine for metric in chosen if (mine := _of(sides, metric))}
+        lacking = ", ".join(metric for metric in chosen if metric not in found)
+        if not found:
+            yield Comparison(_name(sides[0]), _where(sides[0]), lacking, None, None, reasons=(
+                f"the baseline has no {lacking} on {_name(sides[0])}: save one that has, or name "
+                "another --metric, too",))
+        for metric, mine in found.items():
             side = max(mine, key=lambda s: s.n)
-            yield side, max(_of(rivals, metric), default=None, key=lambda s: (
+            one = _compared(side, max(_of(rivals, metric), default=None, key=lambda s: (
                 s.setting == side.setting, s.entries[0].data_sha256 ==
-                side.entries[0].data_sha256, s.entries[0].attack == side.entries[0].attack, s.n))
+                side.entries[0].data_sha256, s.entries[0].attack == side.entries[0].attack, s.n)),
+                alpha)
+            lost = (f"not compared, for the baseline does not have it: {lacking}",) * bool(lacking)
+            yield replace(one, notes=(*one.notes, *lost))
 
 
 def _of(sides: Iterable[Side], metric: str) -> list[Side]:
@@ -207,9 +215,8 @@ def _strongest(sides: Sequence[Side]) -> str:
 
 def _compared(old: Side, new: Side | None, alpha: float) -> Comparison:
     """Everything but the verdict, which depends on the other comparisons."""
-    dataset, split, threat = old.setting
     network = _name(old)
-    result = Comparison(network, f"{dataset} {split}, {threat}", old.metric, old, new)
+    result = Comparison(network, _where(old), old.metric, old, new)
     if new is None:
         return replace(result, reasons=(f"not measured now: {old.metric} on {network}",))
     reasons = tuple(dict.fromkeys([*_unfinished("baseline", old), *_unfinished("current", new),
@@ -234,6 +241,11 @@ def _compared(old: Side, new: Side | None, alpha: float) -> Comparison:
 
 def _name(side: Side) -> str:
     return ", ".join(filter(None, (side.network[0], side.network[2])))
+
+
+def _where(side: Side) -> str:
+    dataset, split, threat = side.setting
+    return f"{dataset} {split}, {threat}"
 
 
 def _unfinished(name: str, side: Side) -> Iterator[str]:
@@ -274,6 +286,9 @@ def _notes(old: Side, new: Side) -> Iterator[str]:
         if values[0] != values[1]:
             yield (f"{name.replace('_', ' ')}: {', '.join(values[0])}, "
                    f"baseline {', '.join(values[1])}")
+    doubts = sorted({id for one in old.entries for id in one.failed})
+    if doubts and old.metric != CLEAN:
+        yield f"the baseline is unreliable: {', '.join(doubts)}; it may be too high"
     known = {text for one in old.entries for text in one.warnings}
     yield from dict.fromkeys(f"warning: {text}" for one in new.entries for text in one.warnings
                              if text not in known)

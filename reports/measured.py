@@ -41,6 +41,7 @@ from robench.files import write_atomic
 from robench.options import first_error
 from robench.reports.compare import survival
 from robench.reports.grouping import ALIASES, canonical, rows
+from robench.reports.judge import failed
 from robench.reports.record import Record
 from robench.reports.store import load
 from robench.reports.text import plain
@@ -85,6 +86,11 @@ class Measured(BaseModel):
     def metric(self) -> str:
         """The attack, whoever implements it."""
         return ALIASES.get(self.attack, self.attack)
+
+    @property
+    def failed(self) -> list[str]:
+        """The checks for which the robust accuracy is not to be relied on."""
+        return sorted(failed(self.warnings, self.attack_config))
 
     @model_validator(mode="before")
     @classmethod

@@ -154,6 +154,8 @@ def baseline_text(entries: list[Measured]) -> str:
         _column("Images", *(f"{one.n:,}" for one in entries)),
         _column("Clean %", *(percent(100 * one.n_correct / one.n, one.n) for one in entries)),
         _column("Robust %", *(percent(100 * one.n_robust / one.n, one.n) for one in entries)),
+        _column("Failed checks", *(", ".join(one.failed) or NOTHING for one in entries),
+                words=True),
         _column("Weights", *(one.weights_sha256[:12] for one in entries)),
         _column("Measured", *(one.created[:10] for one in entries), words=True),
         _column("robench", *(one.robench for one in entries)),

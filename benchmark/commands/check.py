@@ -43,7 +43,6 @@ def check(
     """
     from robench.files import write_atomic
     from robench.reports.gate import check as compare
-    from robench.reports.judge import failed
     from robench.reports.measured import measured
     from robench.reports.verdict import (
         outcome_json,
@@ -69,8 +68,7 @@ def check(
     if outcome.verdict == "inconclusive" and not allow_inconclusive:
         raise Unreliable(f"{summary(outcome)}; --allow-inconclusive lets it pass")
     sides = [one.current for one in outcome.comparisons if one.current is not None]
-    doubts = {id for side in sides for entry in side.entries
-              for id in failed(entry.warnings, entry.attack_config)}
+    doubts = {id for side in sides for entry in side.entries for id in entry.failed}
     if doubts:  # a model that hides its gradients would always pass
         raise Unreliable(f"{outcome.verdict}, but the evaluation is unreliable: "
                          f"{', '.join(sorted(doubts))} (see the warnings; robench doctor NETWORK "
@@ -85,12 +83,16 @@ def baseline() -> None:
 @baseline.command(epilog="""\b
 Example:
   robench baseline save runs/eval --out baseline.json --metric autoattack
+\b
+Exit codes: 4 a trust check failed; nothing is written.
 """)
 @click.argument("run", type=FILE)
 @click.option("--out", type=FILE, metavar="FILE", required=True, help="Ends in .json.")
 @click.option("--metric", "metrics", multiple=True, metavar="LIST",
               help="Keep these attacks only.  [default: all]")
-def save(run: Path, out: Path, metrics: tuple[str, ...]) -> None:
+@click.option("--allow-unreliable", is_flag=True,
+              help="Keep numbers that failed a trust check, too; `show` and `check` say so.")
+def save(run: Path, out: Path, metrics: tuple[str, ...], allow_unreliable: bool) -> None:
     """Write the measurements of a run with their survival flags, to be committed."""
     from robench.registry import unknown
     from robench.reports.measured import measured, save_baseline
@@ -102,7 +104,13 @@ def save(run: Path, out: Path, metrics: tuple[str, ...]) -> None:
     for name in wanted:
         if name not in known:
             raise unknown("metric", name, known)
-    save_baseline(out, [one for one in entries if not wanted or one.metric in wanted])
+    kept = [one for one in entries if not wanted or one.metric in wanted]
+    doubts = dict.fromkeys(f"{', '.join(one.failed)} on {one.network}"
+                           for one in kept if one.failed)
+    if doubts and not allow_unreliable:
+        raise Unreliable(f"nothing is saved, for its numbers are unreliable: {'; '.join(doubts)} "
+                         "(robench doctor NETWORK examines further); --allow-unreliable keeps them")
+    save_baseline(out, kept)
     click.echo(f"wrote {out}", err=True)
 
 

@@ -56,8 +56,9 @@ def tiny_imagenet(request: Request) -> Dataset:
     faults = [wnid for wnid, files in zip(wnids, trained, strict=True) if not files]
     faults += [wnid for _, wnid in tested if wnid not in label]
     if not tested or faults or len(label) < len(wnids):
-        raise UsageError(f"{folder} is damaged: class {(faults or wnids)[0]!r} of wnids.txt, "
-                         "train/ and val/val_annotations.txt do not fit together")
+        named = [f"class {wnid!r} of " for wnid in faults[:1]]
+        raise UsageError(f"{folder} is damaged: {''.join(named)}wnids.txt, train/ and "
+                         "val/val_annotations.txt do not fit together")
     look = Look(headers(trained[0][:1])[0][0][0])
     files, owners, shuffled = grouped(trained)
     labels = np.array([label[wnid] for wnid in wnids])[owners]

@@ -27,6 +27,7 @@ from robench.errors import RobenchError
 
 PATIENCE = 10.0  # seconds that a worker has for the step it is at when it is told to end
 _worker: Worker  # of this process
+_leaving = False  # so is this
 
 
 def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> int:
@@ -100,7 +101,12 @@ def _start(request: Request, messages: Queue[Message], places: Any) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    raise SystemExit(1)
+    """Once: the scheduler, the pool that lost a process and `_end` may all tell a worker to end,
+    and a second exit in the middle of the first would cut short what is kept."""
+    global _leaving
+    if not _leaving:
+        _leaving = True
+        raise SystemExit(1)
 
 
 def _do(task: Task) -> Outcome:

@@ -19,18 +19,21 @@ has steps finds it, too, the test says nothing and is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robench.attacks.base import Attack, Classifier, frozen
 from robench.attacks.folding import close, last_linear
+from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel, lengths
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.data import Held
+from robench.reports.text import NOTHING
 
 INNER = 400  # points of class 0 per image; the paper has 999
 SHARE = 0.95  # of eps: radius of the inner points
@@ -46,12 +49,13 @@ class Outcome:
     """Of an active test.
 
     Attributes:
-        tests: classifiers that could be made. missed: planted examples the attack did not find.
+        tests: classifiers that could be made.
+        missed: planted examples that an attack did not find, for each of them, by its name.
         easy: of them all, those that random search found. features: their number, per image.
     """
 
     tests: int
-    missed: int
+    missed: dict[str, int]
     easy: int
     features: int
 
@@ -59,34 +63,39 @@ class Outcome:
     def valid(self) -> bool:
         return self.tests >= FEW and self.easy <= EASY * self.tests
 
+    @property
+    def worst(self) -> int:
+        """Missed by the attack that missed the most."""
+        return max(self.missed.values(), default=0)
+
     def __str__(self) -> str:
-        text = (f"{self.tests - self.missed} of {self.tests} found; random search {self.easy}; "
+        found = ", ".join(f"{self.tests - n} by {name}" for name, n in self.missed.items())
+        text = (f"of {self.tests} found: {found or NOTHING}; random search {self.easy}; "
                 f"{self.features} features")
         few = f"; at least {FEW} tests are needed" if self.tests < FEW else "; too easy to tell"
         return text + ("" if self.valid else few)
 
 
 def active_test(
-    model: Classifier, images: Held, attacks: Sequence[Attack], threat: ThreatModel
+    model: Classifier, images: Held, attacks: Mapping[str, Attack], threat: ThreatModel
 ) -> Outcome:
     """Plant an example next to each of these images (N, C, H, W) that lies apart from the others,
-    and attack. An example found by any of the attacks counts once `verify` has seen it.
+    and attack with each of the attacks. What it found counts once `verify` has seen it.
 
-    Random numbers come from torch's global generator.
+    Random numbers come from torch's global generator. Raises RobenchError where not even one image
+    fits into memory.
     """
     with frozen(model), full_precision(), Features.of(model, images.x[:2]) as features:
         x, heads = _planted(features, images.x[_apart(images.x, threat)], threat)
         if not len(x):
-            return Outcome(0, 0, 0, heads.weight.shape[1])
+            return Outcome(0, {}, 0, heads.weight.shape[1])
         binary, y = Binary(features, x, heads, threat), _zeros(x)
-        found = torch.zeros_like(y, dtype=torch.bool)
-        for attack in attacks:
-            left = (~found).nonzero().flatten()
-            if len(left):
-                x_adv = attack(binary, x[left], y[left])
-                found[left] = verify(binary, x[left], x_adv, y[left], threat).fooled
+        missed = {}
+        for name, attack in attacks.items():
+            x_adv = Batches(len(x))(partial(attack, binary), x, y)
+            missed[name] = int((~verify(binary, x, x_adv, y, threat).fooled).sum())
         lucky = _search(binary, x, y, threat)
-    return Outcome(len(x), int((~found).sum()), int(lucky.sum()), heads.weight.shape[1])
+    return Outcome(len(x), missed, int(lucky.sum()), heads.weight.shape[1])
 
 
 class Features:
@@ -177,19 +186,20 @@ def _planted(features: Features, x: Tensor, threat: ThreatModel) -> tuple[Tensor
     """The images (M, C, H, W) next to which an example could be planted, and their heads: the
     image is class 0, and `verify` sees the planted one inside the ball and in class 1."""
     weights, biases, planted = list[Tensor](), list[Tensor](), list[Tensor]()
+    batches = Batches(INNER + 1)
     for image in x:
         inner = threat.scaled(SHARE).sample(image.expand(INNER, *image.shape).contiguous())
         inner[0] = image
         planted.append(_boundary(image[None], threat))
         with torch.no_grad():
-            known = features(torch.cat([inner, planted[-1]])).double()
+            known = batches(features, torch.cat([inner, planted[-1]])).double()
         weight, bias = _discriminant(known[:-1], known[-1])
         weights.append(weight)
         biases.append(bias)
     heads = Heads(torch.stack(weights), torch.stack(biases))
     binary, y = Binary(features, x, heads, threat), _zeros(x)
     with torch.no_grad():
-        is_zero = binary(x).argmax(1) == 0
+        is_zero = batches(binary, x).argmax(1) == 0
     keep = verify(binary, x, torch.cat(planted), y, threat).fooled & is_zero
     return x[keep], heads.take(keep)
 

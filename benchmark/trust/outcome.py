@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent
 from robench.attacks.base import Attack, Classifier, frozen
+from robench.attacks.memory import Batches
 from robench.attacks.objectives import ce, cw_margin
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel, lengths
@@ -116,7 +117,8 @@ class Patient:
         found = np.zeros(self.n, dtype=bool)
         if chosen.any():
             x, y = self.on_device(self.data.select(torch.from_numpy(chosen)))
-            found[chosen] = verify(self.model, x, craft(x, y), y, self.threat).fooled.cpu().numpy()
+            x_adv = Batches(len(x))(craft, x, y)
+            found[chosen] = verify(self.model, x, x_adv, y, self.threat).fooled.cpu().numpy()
         return found
 
     def on_device(self, images: Images) -> tuple[Tensor, Tensor]:
@@ -251,40 +253,50 @@ def loss_plateau(p: Patient) -> Number:
     x, y = p.on_device(p.data.select(torch.from_numpy(p.target.correct)))
     if not len(x):
         return Number(None, "no image is right")
-    values: list[Tensor] = []
 
-    def watched(z: Tensor) -> Tensor:
-        value = cw_margin(p.model(z), y)
-        values.append(value.detach())
-        return value
+    def growing(x: Tensor, y: Tensor) -> Tensor:
+        values: list[Tensor] = []
+
+        def watched(z: Tensor) -> Tensor:
+            value = cw_margin(p.model(z), y)
+            values.append(value.detach())
+            return value
+
+        Ascent(p.threat, 50, p.threat.eps / 10).maximize(watched, x)
+        best = torch.stack(values).cummax(0).values
+        return best[-1] - best[-11] > 0.05 * (best[-1] - best[0])
 
     with seeded(p.seed, "doctor", "plateau"), frozen(p.model), full_precision():
-        Ascent(p.threat, 50, p.threat.eps / 10).maximize(watched, x)
-    best = torch.stack(values).cummax(0).values
-    late, whole = best[-1] - best[-11], best[-1] - best[0]
-    return Number(float((late > 0.05 * whole).float().mean()))
+        return Number(float(Batches(len(x))(growing, x, y).float().mean()))
 
 
 def silent_success(p: Patient) -> Number:
-    """The first attack on a network that remembers what it was shown."""
-    attack = p.attacks[0].build(p.threat)
+    """Each attack on a network that remembers what it was shown; the worst of them counts."""
     x, y = p.on_device(p.data.take(min(PLANTED, p.n)))
-    met = torch.zeros_like(y, dtype=torch.bool)
 
-    def remembers(z: Tensor) -> Tensor:
-        logits = p.model(z)
-        shown = z.detach().to(x)
-        distance = torch.stack([p.threat.distance(shown, one) for one in x], 1)
-        near, row = distance.min(1)
-        near_enough = near <= p.threat.eps * (1 + RELATIVE) + ABSOLUTE
-        inside = near_enough & ((shown >= 0) & (shown <= 1)).flatten(1).all(1)
-        met[row[inside & (logits.argmax(1) != y[row])]] = True
-        return logits
+    def silent(attack: Attack, x: Tensor, y: Tensor) -> Tensor:
+        met = torch.zeros_like(y, dtype=torch.bool)
 
-    with seeded(p.seed, "doctor", "silent"), frozen(p.model), full_precision():
+        def remembers(z: Tensor) -> Tensor:
+            logits = p.model(z)
+            shown = z.detach().to(x)
+            distance = torch.stack([p.threat.distance(shown, one) for one in x], 1)
+            near, row = distance.min(1)
+            near_enough = near <= p.threat.eps * (1 + RELATIVE) + ABSOLUTE
+            inside = near_enough & ((shown >= 0) & (shown <= 1)).flatten(1).all(1)
+            met[row[inside & (logits.argmax(1) != y[row])]] = True
+            return logits
+
         x_adv = attack(remembers, x, y)
-    returned = verify(p.model, x, x_adv, y, p.threat).fooled
-    return Number(float((met & ~returned).float().mean()))
+        return met & ~verify(p.model, x, x_adv, y, p.threat).fooled
+
+    shares = {}
+    for spec in p.attacks:
+        with seeded(p.seed, "doctor", "silent"), frozen(p.model), full_precision():
+            kept = Batches(len(x))(partial(silent, spec.build(p.threat)), x, y)
+        shares[spec.label] = float(kept.float().mean())
+    return Number(max(shares.values()), ", ".join(
+        f"{share:.1%} by {name}" for name, share in shares.items() if share))
 
 
 def outside(p: Patient) -> Number:
@@ -322,17 +334,17 @@ def seed_spread(p: Patient) -> Number:
 
 
 def active(p: Patient) -> Number:
-    """Planted examples, see `robench.benchmark.trust.active`."""
+    """Planted examples, see `robench.benchmark.trust.active`; the worst attack counts."""
     images = p.data.select(torch.from_numpy(p.target.correct))
     if not len(images):
         return Number(None, "no image is right")
     x, y = p.on_device(images.take(min(PLANTED, len(images))))
-    made: Sequence[Attack] = [spec.build(p.threat) for spec in p.attacks]
+    made: dict[str, Attack] = {spec.label: spec.build(p.threat) for spec in p.attacks}
     with seeded(p.seed, "doctor", "active"):
         outcome = active_test(p.model, Held(x, y), made, p.threat)
     if not outcome.valid:
         return Number(None, str(outcome))
-    return Number(wilson(outcome.missed / outcome.tests, outcome.tests)[0], str(outcome))
+    return Number(wilson(outcome.worst / outcome.tests, outcome.tests)[0], str(outcome))
 
 
 def overfit_gap(p: Patient) -> Number:

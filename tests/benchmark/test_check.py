@@ -125,6 +125,20 @@ def test_a_baseline_is_saved_shown_and_saved_again(here, robench):
     assert wrong.code == 2 and "Did you mean: pgd-20?" in wrong.err
 
 
+def test_an_unreliable_baseline_is_refused_or_marked(here, robench):
+    write(here / "masked.json", range(500), warnings=texts([Finding(CHECKS["zero-grad"], 1.0)]))
+    refused = robench("baseline", "save", "masked.json", "--out", "new.json")
+    assert refused.code == 4 and refused.err.count("\n") == 1
+    assert "nothing is saved" in refused.err and "zero-grad on net" in refused.err
+    assert not (here / "new.json").exists()
+    kept = robench("baseline", "save", "masked.json", "--out", "new.json", "--allow-unreliable")
+    assert kept.code == 0
+    assert "zero-grad" in robench("baseline", "show", "new.json").out
+    assert "zero-grad" not in robench("baseline", "show", "baseline.json").out
+    done = robench("check", "same.json", "--against", "new.json")
+    assert done.code == 0 and "the baseline is unreliable: zero-grad" in done.out
+
+
 def test_metrics_are_chosen_for_a_baseline(here, robench, make_run):
     make_run(here / "run", attacks=("pgd-20", "fgsm"))
     assert robench("baseline", "save", "run", "--out", "two.json").code == 0

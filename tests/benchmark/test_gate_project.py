@@ -126,36 +126,45 @@ def steps_of_action():
     return [step for step in ACTION["runs"]["steps"] if "robench" in step.get("run", "")]
 
 
-def run_action(folder, given, verdict, code):
-    """The scripts that call robench, as the runner would run them, with a robench that only
-    keeps its arguments; returns (exit code of the last one, command lines, summary, outputs)."""
-    folder.mkdir(exist_ok=True)
-    (folder / "robench").write_text(STUB)
-    (folder / "robench").chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
+def run_action(folder, given, command, **variables):
+    """The scripts that call robench, as the runner would run them in the folder, with `command`
+    as their robench; returns (exit code of the last one, summary, outputs)."""
+    programs = folder / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    (programs / "robench").write_text(command)
+    (programs / "robench").chmod(0o755)
+    if not (programs / "python").is_symlink():
+        (programs / "python").symlink_to(sys.executable)
     inputs = {name: given.get(name, facts.get("default")) for name, facts in
               ACTION["inputs"].items()}
-    files = {name: folder / name for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT", "STUB_LOG")}
+    files = {name: programs / name for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
     for path in files.values():
-        path.touch()
+        path.write_text("")
     for step in steps_of_action():
         values = {name: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda m: inputs[m[1]], text)
                   for name, text in step["env"].items()}
         assert not any("${{" in text for text in (*values.values(), step["run"]))
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
-            cwd=folder, capture_output=True, text=True, timeout=60, env={
-                "PATH": f"{folder}:{os.environ['PATH']}", "STUB_VERDICT": verdict,
-                "STUB_CODE": str(code), **{k: str(p) for k, p in files.items()}, **values})
+            cwd=folder, capture_output=True, text=True, timeout=600, env={
+                "PATH": f"{programs}:{os.environ['PATH']}", **variables,
+                **{k: str(p) for k, p in files.items()}, **values})
         if done.returncode:
             break
-    words, lines = files["STUB_LOG"].read_text().splitlines(), []
+    return (done.returncode, *(path.read_text() for path in files.values()))
+
+
+def run_stub(folder, given, verdict, code):
+    """With a robench that only keeps its arguments; returns the command lines as well."""
+    log = folder / "log"
+    code, *texts = run_action(folder, given, STUB, STUB_VERDICT=verdict, STUB_CODE=str(code),
+                              STUB_LOG=str(log))
+    words, lines = log.read_text().splitlines(), []
     while words:
         count = int(words.pop(0))
         lines.append(words[:count])
         del words[:count]
-    return (done.returncode, lines, files["GITHUB_STEP_SUMMARY"].read_text(),
-            files["GITHUB_OUTPUT"].read_text())
+    return code, lines, *texts
 
 
 GIVEN = {"network": "net:trained", "against": "baseline.json"}
@@ -163,7 +172,7 @@ GIVEN = {"network": "net:trained", "against": "baseline.json"}
 
 @pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("regressed", 3), ("inconclusive", 4)])
 def test_the_action_passes_the_verdict_on(tmp_path, verdict, code):
-    got, lines, summary, outputs = run_action(tmp_path / "a", GIVEN, verdict, code)
+    got, lines, summary, outputs = run_stub(tmp_path / "a", GIVEN, verdict, code)
     assert (got, summary, outputs) == (code, f"## Robustness: {verdict}\n", f"verdict={verdict}\n")
     (name, eval_), (other, check) = map(parsed, lines)
     assert (name, eval_["sources"], eval_["attacks"]) == ("eval", ("net:trained",), ("autoattack",))
@@ -172,8 +181,28 @@ def test_the_action_passes_the_verdict_on(tmp_path, verdict, code):
 
 
 def test_the_action_fails_where_check_cannot_start(tmp_path):
-    code, _, summary, outputs = run_action(tmp_path / "a", GIVEN, "", 2)
+    code, _, summary, outputs = run_stub(tmp_path / "a", GIVEN, "", 2)
     assert (code, summary, outputs) == (2, "", "")
+
+
+def test_the_action_with_the_real_robench(project):
+    """A pass, then with worse weights a regression, then a file that is no baseline."""
+    command = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m robench "$@"\n'
+    given = {**GIVEN, "threat": THREAT, "attack": "pgd-20", "metric": "pgd-20", "max-drop": "2",
+             "limit": ""}
+    path = {"PYTHONPATH": f"{ROOT / 'src'}:{project}", "OMP_NUM_THREADS": "1"}
+    code, summary, outputs = run_action(project, given, command, **path)
+    assert (code, outputs) == (0, "verdict=pass\n")
+    assert summary.startswith("## Robustness: pass\n")
+    assert re.search(r"^\| pass +\| pgd-20 +\|", summary, flags=re.M)
+    perturb(project / "weights.safetensors", 0.3)
+    code, summary, outputs = run_action(project, given, command, **path)
+    assert (code, outputs) == (3, "verdict=regressed\n")
+    assert summary.startswith("## Robustness: regressed\n")
+    assert '<failure type="regressed"' in (project / "runs/gate/check.xml").read_text()
+    (project / "baseline.json").write_text("{}")
+    assert run_action(project, given, command, **path) == (2, "", "")
+    assert not (project / "runs/gate/check.xml").exists()  # of the check before
 
 
 def test_all_inputs_of_the_action_arrive_as_they_are(tmp_path):
@@ -181,7 +210,7 @@ def test_all_inputs_of_the_action_arrive_as_they_are(tmp_path):
              "model": "resnet18", "threat": "L2:0.5", "attack": "pgd-20 autoattack,limit=10",
              "limit": "100", "metric": "autoattack,clean", "max-drop": "1", "alpha": "0.01",
              "allow-inconclusive": "true", "out": "$(touch evil)"}
-    _, lines, _, _ = run_action(tmp_path / "a", given, "pass", 0)
+    _, lines, _, _ = run_stub(tmp_path / "a", given, "pass", 0)
     (_, eval_), (_, check) = map(parsed, lines)
     assert not list(tmp_path.rglob("evil"))
     assert eval_["sources"] == ("-x; touch evil",)

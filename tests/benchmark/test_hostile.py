@@ -67,10 +67,18 @@ def cases(tmp_path_factory):
     return make_cases(tmp_path_factory.mktemp("hostile"))
 
 
-NAMES = ["results.jsonl", "transfer.jsonl", "training.jsonl", "landscape.jsonl", "config.yaml",
+NAMES = ["results.jsonl", "transfer.jsonl", "training.jsonl", "crossing.jsonl", "steps.jsonl",
+         "gallery.jsonl", "landscape.jsonl", "corruptions.jsonl", "baseline.json", "config.yaml",
          "model.json", "flags.npz", "net.safetensors", "net.pt", "state.pt", "examples",
-         "done.json", "kept.json", "search.partial", "leaderboard.csv", "leaderboard.json",
-         "README.md", "option"]
+         "spec.json", "done.json", "kept.json", "speed.csv", "speed-train.csv", "part.npz",
+         "batches.partial", "search.partial", "lines.partial", "counts.partial",
+         "leaderboard.csv", "leaderboard.json", "README.md", "option", "labels.npy", "fog.npy",
+         "wnids.txt", "words.txt", "val_annotations.txt", "t10k-images-idx3-ubyte",
+         "t10k-labels-idx1-ubyte", "image.png", "zoo.pt", "page.html", "METADATA"]
+
+
+def test_every_kind_of_file_is_tried(cases):
+    assert set(NAMES) == set(cases)
 
 
 @pytest.mark.parametrize("name", NAMES)

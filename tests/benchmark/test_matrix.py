@@ -3,11 +3,9 @@
 import csv
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,8 @@ from robench.benchmark.spec import RunSpec
 from robench.benchmark.transfer import rob_f
 from robench.errors import RobenchError, UsageError
 from robench.reports.store import RECORDS, load, save
+
+from .kills import kill_until, seconds_of_writing
 
 SRC = Path(__file__).parents[2] / "src"
 # What two runs of the same job may differ in.
@@ -551,22 +551,11 @@ def finish(process):
     assert process.returncode == 0, err
 
 
-def kill_when(process, folder, files, delay):
-    """kill -9 `delay` seconds after it has written so many files; its workers end by themselves."""
-    while process.poll() is None and sum(1 for _ in folder.rglob("*.*")) < files:
-        time.sleep(0.002)
-    time.sleep(delay)
-    alive = process.poll() is None
-    process.kill()
-    process.communicate(timeout=60)  # workers hold the other end of stderr as long as they live
-    return alive
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder, "1"))
-    return read(folder / "out"), sum(1 for _ in folder.rglob("*.*"))
+    seconds = seconds_of_writing(start(folder, "1"), folder)
+    return read(folder / "out"), seconds
 
 
 @pytest.mark.parametrize(
@@ -576,17 +565,19 @@ def undisturbed(tmp_path_factory):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
     tmp_path, undisturbed, check_files, kills, jobs
 ):
-    expected, files = undisturbed
-    rng, effective = random.Random(kills), 0
-    for moment in sorted(rng.randrange(1, files - 10) for _ in range(kills)):
-        effective += kill_when(start(tmp_path, jobs), tmp_path, moment, rng.uniform(0, 0.4))
-        check_files(tmp_path)
+    expected, seconds = undisturbed
+
+    def ended():
+        assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+        result = read(tmp_path / "out")
+        if jobs != "1":  # processes have other shares of the cores
+            for rows in (*expected.values(), *result.values()):
+                for row in rows:
+                    row.pop("threads", None)
+        assert result == expected
+        shutil.rmtree(tmp_path / "out")
+
+    kill_until(kills, lambda: start(tmp_path, jobs), tmp_path, 0.6 * seconds,
+               killed=lambda: check_files(tmp_path), ended=ended)
     finish(start(tmp_path, jobs))
-    assert effective >= kills / 2
-    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
-    result = read(tmp_path / "out")
-    if jobs != "1":  # processes have other shares of the cores
-        for rows in (*expected.values(), *result.values()):
-            for row in rows:
-                row.pop("threads", None)
-    assert result == expected
+    ended()

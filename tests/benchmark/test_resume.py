@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ from torch import nn
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.data import load_dataset
 from robench.benchmark.models import build_model
+
+from .kills import kill_until, seconds_of_writing
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 24
@@ -69,35 +69,28 @@ def verdicts(folder):
 @pytest.fixture(scope="module")
 def undisturbed(weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    began = time.monotonic()
-    finish(start(folder, weights))
+    seconds = seconds_of_writing(start(folder, weights), folder)
     record, flags = verdicts(folder)
     assert 3 < record["n_robust"] < record["n_correct"] <= LIMIT
-    return time.monotonic() - began, record, flags
+    return seconds, record, flags
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(tmp_path, weights, undisturbed, check_files, kills):
     seconds, record, flags = undisturbed
-    rng, effective = random.Random(kills), 0
-    for _ in range(kills):
-        process = start(tmp_path, weights)
-        time.sleep(rng.uniform(0.3, 0.95) * seconds)
-        alive = process.poll() is None
-        process.kill()
-        process.communicate(timeout=60)
-        check_files(tmp_path)
-        effective += alive
-        if not alive:  # it went on where the one before was killed, and got to the end
-            assert verdicts(tmp_path)[1] == flags
-            shutil.rmtree(tmp_path / "out")
+
+    def ended():  # it went on where the one before was killed, and got to the end
+        assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+        again, same = verdicts(tmp_path)
+        assert same == flags
+        names = ("n_correct", "n_robust", "breakers", "max_distance")
+        assert [again[name] for name in names] == [record[name] for name in names]
+        shutil.rmtree(tmp_path / "out")
+
+    kill_until(kills, lambda: start(tmp_path, weights), tmp_path, 0.6 * seconds,
+               killed=lambda: check_files(tmp_path), ended=ended)
     finish(start(tmp_path, weights))
-    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
-    again, same = verdicts(tmp_path)
-    assert same == flags
-    assert effective >= 1
-    assert {k: again[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")} == {
-        k: record[k] for k in ("n_correct", "n_robust", "breakers", "max_distance")}
+    ended()
 
 
 def test_a_budget_ends_with_exit_code_5_and_the_next_run_goes_on(tmp_path, weights, undisturbed):

@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import multiprocessing
 import os
-import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,14 @@ from torch import nn
 from robench import files
 from robench.attacks.network import Network
 from robench.attacks.search import Search
+from robench.benchmark.executors import local
 from robench.benchmark.matrix import run
+from robench.benchmark.progress import Reporter, relayed
 from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
+from robench.reports.store import load, save
+
+from .kills import kill_until, seconds_of_writing
 
 SRC = Path(__file__).parents[2] / "src"
 LONG = ("run", "--defense", "pgd-at", "--baseline", "trades", "--epochs", "500", "--device", "cpu",
@@ -237,6 +244,27 @@ def test_a_signal_ends_a_run_with_its_workers(tmp_path, number, group):
     assert left_over(tmp_path) == []
 
 
+def test_nothing_of_a_relay_is_left_to_hold_its_semaphores():
+    """A thread that drops them while the process ends leaks them."""
+    said, before = [], set(threading.enumerate())
+    reporter = Reporter(quiet=True)
+    reporter.say = said.append
+    with relayed(reporter) as messages:
+        writer = multiprocessing.get_context("spawn").Process(
+            target=messages.put, args=(("say", None, "last words", None),))
+        writer.start()
+        writer.join()
+    assert said == ["last words"]
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_worker_that_is_told_to_end_twice_ends_once(monkeypatch):
+    monkeypatch.setattr(local, "_leaving", False)
+    with pytest.raises(SystemExit):
+        local._leave(signal.SIGTERM, None)
+    local._leave(signal.SIGTERM, None)  # while the first is on its way
+
+
 def test_a_search_that_is_interrupted_has_kept_its_last_step(tmp_path, robench, monkeypatch):
     """It ends after a step, with all units that were under way in its file."""
     monkeypatch.chdir(tmp_path)
@@ -284,23 +312,25 @@ def finished(tmp_path, robench, monkeypatch):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_report_that_is_killed_is_written_again(finished, robench, check_files, kills):
-    rng, effective = random.Random(kills), 0
     before, data = contents(finished), finished / "results.jsonl"
-    for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
-        path.unlink()
-    for _ in range(kills):
-        process = start(finished.parent, "report", "out")
-        until(lambda: (finished / LOCK).exists(), process)
-        time.sleep(rng.uniform(0, 2))
-        effective += process.poll() is None
-        process.kill()
-        process.communicate(timeout=60)
+
+    def begin():
+        return start(finished.parent, "report", "out")
+
+    def killed():
         assert check_files(finished) >= 5
         assert data.read_bytes() == before[Path("results.jsonl")]
-    assert effective >= kills / 2
+
+    def ended():
+        assert contents(finished) == before
+
+    seconds = seconds_of_writing(begin(), finished)
+    for path in [*finished.glob("leaderboard.*"), *finished.glob("figures/*")]:
+        path.unlink()
+    kill_until(kills, begin, finished, seconds, killed=killed, ended=ended)
     done = robench("report", "out")
     assert done.code == 0, done.err
-    assert contents(finished) == before
+    ended()
 
 
 def contents(folder):
@@ -382,3 +412,37 @@ def test_a_training_out_of_memory_names_a_batch_size_that_fits(
     with pytest.raises(RobenchError, match=f"out of memory with batches of 64; {advice}"):
         run(spec)
     assert not list(tmp_path.rglob("done.json"))
+
+
+def test_an_evaluation_out_of_memory_goes_on_in_halves_and_its_record_says_so(
+    tmp_path, robench, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robench.benchmark.external.render",  # without its figures
+                        lambda results, out: save(out, results))
+    (tmp_path / "tight_net.py").write_text("""
+import torch
+from torch import nn
+
+class Tight(nn.Sequential):
+    def __init__(self, room):
+        torch.manual_seed(0)
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.room = room
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+def tight(): return Tight(1)
+def roomy(): return Tight(1000)
+""")
+    for name in ("tight", "roomy"):
+        done = robench("eval", f"tight_net:{name}", "--attack", "pgd-3", "--limit", 300,
+                       "--threat", "Linf:0.02", "--device", "cpu", "--quiet", "--out", name)
+        assert done.code == 0, done.err
+    tight, roomy = (load([tmp_path / name]).records[0] for name in ("tight", "roomy"))
+    assert 1 < tight.n_correct == roomy.n_correct and tight.n_robust == roomy.n_robust
+    assert re.search(r"short of memory: 1 at a time$", tight.prepared)
+    assert "memory" not in roomy.prepared

@@ -1,6 +1,7 @@
 """The checks of an evaluation: each planted fraud raises its flag, sound networks raise none."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from robench.attacks.base import ATTACKS, make_attack
 from robench.attacks.threat import ThreatModel
-from robench.attacks.verify import verify
+from robench.attacks.verify import ABSOLUTE, RELATIVE, verify
 from robench.benchmark import checks
 from robench.benchmark.checkpoints import save_checkpoint
 from robench.benchmark.checks import examine
@@ -30,9 +31,9 @@ from robench.benchmark.trust.active import (
 from robench.benchmark.trust.diagnosis import ATTACKS as EXAMINED
 from robench.benchmark.trust.diagnosis import examine_attacks
 from robench.benchmark.trust.outcome import OUTCOMES, Patient
-from robench.reports.judge import NETWORK
+from robench.reports.judge import FALLS, NETWORK
 from robench.reports.store import save
-from robench.reports.trust import CHECKS, Finding, id_of, texts
+from robench.reports.trust import CHECKS, LUCK, Finding, id_of, texts
 
 from .frauds import EPOCHS, FRAUDS, SOUND, THREAT, digits, plant, sound
 
@@ -252,11 +253,30 @@ class Pixels(nn.Module):
 @pytest.mark.parametrize("norm", ["Linf:0.05", "L2:0.15"])
 def test_planted_examples_are_in_the_ball_and_found_unless_gradients_are_hidden(norm):
     threat, images = ThreatModel.parse(norm), Centers().images()
-    attacks = [make_attack("pgd-20", threat)]
+    attacks = {"pgd-20": make_attack("pgd-20", threat)}
     seen = active_test(Pixels(), images, attacks, threat)
-    assert seen.valid and seen.missed == 0 and seen.features == 16
+    assert seen.valid and seen.missed == {"pgd-20": 0} and seen.features == 16
     hidden = active_test(Pixels(hidden=True), images, attacks, threat)
-    assert hidden.valid and hidden.missed > 0.5 * hidden.tests
+    assert hidden.valid and hidden.worst > 0.5 * hidden.tests
+
+
+class Crowded(Pixels):
+    """Has no room for more than 50 images; notes how many it was given."""
+
+    def forward(self, x):
+        self.given = [*getattr(self, "given", ()), len(x)]
+        if len(x) > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().forward(x)
+
+
+def test_planted_points_that_do_not_fit_into_memory_are_looked_at_in_parts():
+    threat, images, found = ThreatModel("Linf", 0.05), Centers().images(), []
+    for net in (Pixels(), crowded := Crowded()):
+        torch.manual_seed(1)
+        found.append(active_test(net, images, {"pgd-20": make_attack("pgd-20", threat)}, threat))
+    assert found[0] == found[1] and found[0].valid
+    assert crowded.given.count(401) == 1 and crowded.given.count(50) >= 8 * 16
 
 
 def test_what_is_planted_is_confirmed_before_it_counts():
@@ -291,7 +311,7 @@ def test_a_test_that_random_search_passes_is_not_counted():
     images = Images(torch.linspace(0.2, 0.8, 10).view(10, 1, 1, 1), torch.zeros(10).long())
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     threat = ThreatModel("Linf", 0.02)
-    outcome = active_test(net, images, [make_attack("pgd-20", threat)], threat)
+    outcome = active_test(net, images, {"pgd-20": make_attack("pgd-20", threat)}, threat)
     assert outcome.easy > 5 and not outcome.valid and "too easy" in str(outcome)
 
 
@@ -327,6 +347,15 @@ def test_an_attack_that_forgets_what_it_saw(register):
     net = sound("standard", QUICK)
     assert outcome.silent_success(patient(net, attacks=["forgetful"])).value > 0.5
     assert outcome.silent_success(patient(net, attacks=["pgd-20"])).value == 0
+    both = outcome.silent_success(patient(net, attacks=["pgd-20", "forgetful"]))
+    assert both.value > 0.5 and "by forgetful" in both.note and "pgd-20" not in both.note
+
+
+def test_one_attack_that_finds_nothing_fails_the_active_test_beside_others_that_do(register):
+    register("lazy", lambda model, x, y, threat: x)
+    value, note = outcome.active(patient(sound("standard", QUICK), attacks=["pgd-20", "lazy"]))
+    assert value > CHECKS["active-test"].limit
+    assert re.search(r"\b[1-9]\d* by pgd-20, 0 by lazy", note)
 
 
 def test_an_attack_that_does_nothing_is_found_out_by_all_others(register):
@@ -388,6 +417,23 @@ def test_numbers_of_a_network_solved_by_hand():
                   "overfit-gap", "catastrophic-overfitting"):
         assert OUTCOMES[check](p).value == pytest.approx(0, abs=1e-6), check
     assert OUTCOMES["uncertainty"](p).value == pytest.approx(0.2, abs=0.01)  # Wilson at 20
+
+
+@pytest.mark.parametrize("edge", ["constant", "one image", "one class", "eps 0", "none right"])
+def test_numbers_at_the_edges(edge):
+    """Each check has a number, or says why it cannot have one."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        net[1].weight.mul_(0 if edge == "constant" else 1)
+    images = digits().test.take(1 if edge == "one image" else 12)
+    y = {"one class": torch.zeros_like(images.y),
+         "none right": (net(images.x).argmax(1) + 1) % 10}.get(edge, images.y)
+    threat = ThreatModel("Linf", 0.0 if edge == "eps 0" else 0.1)
+    p = Patient(Target(net, Images(images.x, y)), threat, (AttackSpec(name="pgd-5"),),
+                digits().train.take(200), 10)
+    for found in examine_attacks(p):
+        assert not found.note.startswith("could not be made"), found
+        assert found.value is None and found.note or 0 <= found.value < float("inf"), found
 
 
 # The command
@@ -464,6 +510,22 @@ def check_table():
 
 def test_the_documented_checks_are_these():
     assert check_table() in DOCS.read_text(encoding="utf-8")
+
+
+def test_the_documented_rules_are_compared_with_these_limits():
+    text = DOCS.read_text(encoding="utf-8").partition("| the checklist's rule |")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]
+            if line.startswith("|")]
+    numbered = sorted((c for c in CHECKS.values() if c.number), key=lambda c: c.number)
+    assert [(number, id, limit, level) for number, id, _, limit, level, _ in rows] == [
+        (str(c.number), f"`{c.id}`", "" if c.level == "report" else c.shown(c.limit), c.level)
+        for c in numbered]
+    why = {id.strip("`"): f"{rule} {text}" for _, id, rule, _, _, text in rows}
+    for id, number in (("zero-grad", checks.SAMPLE), ("masking", LUCK), ("noise", outcome.DRAWS),
+                       ("steps-converged", outcome.SOME), ("grad-vs-fd", checks.STEP),
+                       ("outside", RELATIVE), ("outside", ABSOLUTE)):
+        assert f"{number:g}".replace("e-0", "e-") in why[id].replace("e-0", "e-"), id
+    assert f"fewer than {FALLS:.0%}".replace("%", " %") in why["catastrophic-overfitting"]
 
 
 @pytest.mark.parametrize("name", SOUND)

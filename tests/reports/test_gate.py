@@ -10,6 +10,7 @@ from robench.errors import UsageError
 from robench.reports.drop import mcnemar, regressed
 from robench.reports.gate import check
 from robench.reports.measured import Measured
+from robench.reports.trust import CHECKS, Finding, texts
 from robench.reports.verdict import outcome_json, outcome_junit, outcome_markdown, outcome_text
 
 N = 1000
@@ -128,6 +129,21 @@ def test_autoattack_is_compared_or_else_the_strongest_of_the_baseline():
     assert [c.metric for c in check([weak, fgsm], [pgd, fgsm]).comparisons] == ["fgsm"]
 
 
+def test_what_the_baseline_lacks_is_said_and_guards_nothing():
+    pgd = measured(attack="pgd-20", network="peeraid")
+    now = [BASE, measured(attack="autoattack", network="peeraid"), pgd]
+    some = check(now, [BASE, pgd], metrics=["autoattack", "pgd-20"])
+    assert [(c.network, c.metric, c.verdict) for c in some.comparisons] == [
+        ("trades, best", "autoattack", "pass"), ("peeraid, best", "pgd-20", "pass")]
+    for one, lacking in zip(some.comparisons, ("pgd-20", "autoattack"), strict=True):
+        assert one.notes[-1] == f"not compared, for the baseline does not have it: {lacking}"
+    none = check(now, [BASE, pgd], metrics=["autoattack"])
+    assert [c.verdict for c in none.comparisons] == ["pass", "incomparable"]
+    for text in (outcome_text(none), outcome_markdown(none), outcome_junit(none)):
+        assert "the baseline has no autoattack on peeraid, best" in text
+    assert json.loads(outcome_json(none))["verdict"] == "incomparable"
+
+
 def test_several_metrics_are_corrected_and_the_worst_counts():
     pgd = measured(attack="pgd-20")
     now = [measured(flags(N, (9, N // 2), (N // 2, N // 2 + 2))), pgd]  # p = 0.033
@@ -187,6 +203,13 @@ def test_what_a_reader_must_know_is_noted():
     (one,) = check([now], [measured(warnings=("old",))]).comparisons
     assert one.notes == ("the weights are the same on both sides", "torch: 2.16.0, baseline 2.15.0",
                          "attack seed: 1, baseline 0", "warning: zero gradient")
+
+
+def test_an_unreliable_baseline_is_noted_where_it_was_attacked():
+    old = measured(warnings=texts([Finding(CHECKS["zero-grad"], 1.0)]))
+    attacked, clean = check([BASE], [old], metrics=["autoattack", "clean"]).comparisons
+    assert "the baseline is unreliable: zero-grad; it may be too high" in attacked.notes
+    assert not [note for note in clean.notes if "unreliable" in note]
 
 
 @pytest.mark.parametrize(("options", "words"), [
