@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent
 from robench.attacks.base import frozen, memory_format
+from robench.attacks.memory import Batches
 from robench.attacks.noise import StreamNoise, image_ids, stream_keys
 from robench.attacks.objectives import ce
 from robench.attacks.threat import ThreatModel
@@ -194,7 +196,7 @@ class AdversarialLoss:
     def __init__(
         self, net: nn.Module, data: Images, ascent: Ascent, *, seed: int, batch_size: int
     ) -> None:
-        self._net, self._ascent = net, ascent
+        self._net, self._ascent, self._fitting = net, ascent, Batches(batch_size)
         self._batches = [
             (x, y, ascent.threat.sample(x, _noise(x, seed, "start")))
             for x, y in _batches(net, data, batch_size)
@@ -204,13 +206,14 @@ class AdversarialLoss:
         total = n = 0.0
         with frozen(self._net), full_precision():
             for x, y, start in self._batches:
-                x_adv = self._ascent.maximize(self._objective(y), x, start)
-                total += _sum_ce(self._net, x_adv, y)
+                total += float(self._fitting(self._after, x, y, start).sum())
                 n += len(y)
         return total / n
 
-    def _objective(self, y: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda z: ce(self._net(z), y)
+    def _after(self, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+        """(N,) the loss on the examples."""
+        x_adv = self._ascent.maximize(lambda z: ce(self._net(z), y), x, start)
+        return _ce(self._net, x_adv, y)
 
 
 class InputPlane:
@@ -223,11 +226,12 @@ class InputPlane:
     def __init__(
         self, net: nn.Module, data: Images, threat: ThreatModel, *, seed: int, batch_size: int
     ) -> None:
-        self._net, self._threat = net, threat
+        self._net, self._threat, self._fitting = net, threat, Batches(batch_size)
         self._batches = []
         for x, y in _batches(net, data, batch_size):
             signs = torch.where(_noise(x, seed, "signs").uniform(*x.shape[1:]) < 0.5, -1.0, 1.0)
-            axes = [threat.eps * threat.ascent(d) for d in (self._gradient(x, y), signs.to(x))]
+            axes = [threat.eps * threat.ascent(d)
+                    for d in (self._fitting(self._gradient, x, y), signs.to(x))]
             self._batches.append((x, y, *axes))
 
     def _gradient(self, x: Tensor, y: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ class InputPlane:
         with frozen(self._net), full_precision():
             for x, y, along, across in self._batches:
                 z = (x + alpha * along + beta * across).clamp(self._threat.low, self._threat.high)
-                total += _sum_ce(self._net, z, y)
+                total += float(self._fitting(partial(_ce, self._net), z, y).sum())
                 n += len(y)
         return total / n
 
@@ -260,5 +264,5 @@ def _noise(x: Tensor, seed: int, name: str) -> StreamNoise:
 
 
 @torch.no_grad()
-def _sum_ce(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float(ce(net(x), y).double().sum())
+def _ce(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (N,) float64
+    return ce(net(x), y).double()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import robench
 from robench.attacks.ascent import Ascent
 from robench.attacks.base import frozen, memory_format
+from robench.attacks.memory import Batches
 from robench.attacks.noise import StreamNoise, image_ids, stream_keys
 from robench.attacks.objectives import ce
 from robench.attacks.verify import full_precision, verify
@@ -91,18 +93,18 @@ def first_fooled(
     Of iterates that `verify` does not confirm none counts.
     """
     device = next(net.parameters(), data.x).device
-    found = []
+    found, batches = [], Batches(batch_size)
     with frozen(net), full_precision():
         for start in range(0, len(data), batch_size):
             x = data.x[start : start + batch_size].contiguous(memory_format=memory_format(net))
-            found.append(_of_batch(net, x.to(device),
-                                   data.y[start : start + batch_size].to(device), attack, seed))
+            y = data.y[start : start + batch_size].to(device)
+            found.append(batches(partial(_of_batch, net, attack, seed), x.to(device), y))
             show(min(start + batch_size, len(data)) / len(data), "")
     fell_at: npt.NDArray[np.int16] = torch.cat(found).cpu().numpy().astype(np.int16)
     return fell_at
 
 
-def _of_batch(net: nn.Module, x: Tensor, y: Tensor, attack: Ascent, seed: int) -> Tensor:
+def _of_batch(net: nn.Module, attack: Ascent, seed: int, x: Tensor, y: Tensor) -> Tensor:
     threat = attack.threat
     with torch.no_grad():
         correct = net(x).argmax(1) == y

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robench.attacks.ascent import Ascent
 from robench.attacks.base import frozen, memory_format
+from robench.attacks.memory import Batches
 from robench.attacks.objectives import ce
 from robench.attacks.threat import ThreatModel
 from robench.attacks.verify import full_precision
@@ -70,14 +72,17 @@ def transferred(
     """
     counts = {name: [0, 0, 0] for name in nets}
     device, ascent = next(source.parameters()).device, crafting(threat)
+    batches = Batches(batch_size)
     for start in range(0, len(data), batch_size):
         x = data.x[start : start + batch_size].to(device)
         x = x.contiguous(memory_format=memory_format(source))
         y = data.y[start : start + batch_size].to(device)
-        with seeded(seed, "rob_f", start), frozen(source), full_precision():
-            x_adv = ascent.maximize(_loss_on(source, y), x)
+        with seeded(seed, "rob_f", start):
+            begin = ascent.begin(x)
+        with frozen(source), full_precision():
+            x_adv = batches(lambda x, y, z: ascent.maximize(_loss_on(source, y), x, z), x, y, begin)
         for name, net in nets.items():
-            clean, right = _right(net, x, y), _right(net, x_adv, y)
+            clean, right = (batches(partial(_right, net), z, y) for z in (x, x_adv))
             for place, flags in enumerate((clean, right, clean & right)):
                 counts[name][place] += int(flags.sum())
         show(min(start + batch_size, len(data)) / len(data), "")

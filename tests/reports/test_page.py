@@ -54,7 +54,7 @@ def outline(html):
 
 def test_the_page_is_whole(outline, html):
     assert html.startswith("<!doctype html>\n<html lang=\"en\">")
-    assert outline.tags.count("svg") == 7 and outline.tags.count("table") == 10
+    assert outline.tags.count("svg") == 7 and outline.tags.count("table") == 11
     assert len(outline.ids) == len(set(outline.ids))
     for section in ("leaderboard", "rob-f", "others", "trade-off", "cost", "over-eps", "overlap",
                     "training", "measured", "records"):
