@@ -215,8 +215,8 @@ def test_all_inputs_of_the_action_arrive_as_they_are(tmp_path):
     assert not list(tmp_path.rglob("evil"))
     assert eval_["sources"] == ("-x; touch evil",)
     assert eval_["attacks"] == ("pgd-20", "autoattack,limit=10")
-    assert (eval_["dataset"], eval_["model"], eval_["threat"], eval_["limit"], eval_["data_root"]
-            ) == ("cifar10", "resnet18", "L2:0.5", 100, Path("my data"))
+    assert (eval_["dataset"], eval_["model"], eval_["threats"], eval_["limit"], eval_["data_root"]
+            ) == ("cifar10", "resnet18", ("L2:0.5",), 100, Path("my data"))
     assert (check["metrics"], check["max_drop"], check["alpha"], check["allow_inconclusive"]
             ) == (("autoattack,clean",), 1.0, 0.01, True)
 
