@@ -163,7 +163,9 @@ def attack_tasks(
     task: what is the same for all of them.
     """
     spec, threat, _ = pair
-    key, label = f"{prefix}/{spec.slug}@{threat}", f"{label}: {spec.label} at {threat}"
+    # Its number: the curve over eps may attack fewer images under the same names.
+    key = f"{prefix}/{task.pair}-{spec.slug}@{threat}"
+    label = f"{label}: {spec.label} at {threat}"
     spans, shards = share.spans(spec, threat, images), list[Task]()
     if len(spans) > 1:
         total = spans[-1][1]

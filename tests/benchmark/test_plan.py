@@ -236,6 +236,18 @@ def test_shards_share_the_time_of_their_attack(tmp_path, job):
         t.kind == "attack" for t in tasks)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_two_tasks_are_taken_for_one(tmp_path, job, shards):
+    """The curve over eps has an attack of the table's name, at its eps, on fewer images."""
+    request = job(out=tmp_path, dataset="cifar10", recipe="unified", model="small-resnet",
+                  attacks=("pgd-20",), shards=shards, limit=None, device="cpu")
+    tasks = Plan.of([RunSpec.create(request)]).tasks
+    assert len({task.key for task in tasks}) == len(tasks)
+    best = [t for t in tasks
+            if t.kind == "attack" and t.label.endswith("best: pgd-20 at Linf:8/255")]
+    assert len(best) == 2, "the table's and the curve's"
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (("--dataset", "cifar1"), "unknown dataset 'cifar1'. Did you mean: cifar10"),
     (("--dataset", "cifar10", "--model", "resnt18"), "unknown model 'resnt18'"),
