@@ -33,7 +33,6 @@ from robench.attacks.memory import Batches
 from robench.attacks.threat import ThreatModel, lengths
 from robench.attacks.verify import full_precision, verify
 from robench.benchmark.data import Held
-from robench.reports.text import NOTHING
 
 INNER = 400  # points of class 0 per image; the paper has 999
 SHARE = 0.95  # of eps: radius of the inner points
@@ -50,12 +49,15 @@ class Outcome:
 
     Attributes:
         tests: classifiers that could be made.
-        missed: planted examples that an attack did not find, for each of them, by its name.
+        found: planted examples that an attack found, for each of them, by its name.
+        missed: planted examples that none of them found. An image is robust that withstands all
+            attacks, so that what counts is what they find together.
         easy: of them all, those that random search found. features: their number, per image.
     """
 
     tests: int
-    missed: dict[str, int]
+    found: dict[str, int]
+    missed: int
     easy: int
     features: int
 
@@ -63,15 +65,10 @@ class Outcome:
     def valid(self) -> bool:
         return self.tests >= FEW and self.easy <= EASY * self.tests
 
-    @property
-    def worst(self) -> int:
-        """Missed by the attack that missed the most."""
-        return max(self.missed.values(), default=0)
-
     def __str__(self) -> str:
-        found = ", ".join(f"{self.tests - n} by {name}" for name, n in self.missed.items())
-        text = (f"of {self.tests} found: {found or NOTHING}; random search {self.easy}; "
-                f"{self.features} features")
+        by = ", ".join(f"{n} by {name}" for name, n in self.found.items())
+        text = (f"{self.tests - self.missed} of {self.tests} found, {by}; random search "
+                f"{self.easy}; {self.features} features")
         few = f"; at least {FEW} tests are needed" if self.tests < FEW else "; too easy to tell"
         return text + ("" if self.valid else few)
 
@@ -88,14 +85,15 @@ def active_test(
     with frozen(model), full_precision(), Features.of(model, images.x[:2]) as features:
         x, heads = _planted(features, images.x[_apart(images.x, threat)], threat)
         if not len(x):
-            return Outcome(0, {}, 0, heads.weight.shape[1])
+            return Outcome(0, {}, 0, 0, heads.weight.shape[1])
         binary, y = Binary(features, x, heads, threat), _zeros(x)
-        missed = {}
+        found, stands = {}, torch.ones_like(y, dtype=torch.bool)
         for name, attack in attacks.items():
             x_adv = Batches(len(x))(partial(attack, binary), x, y)
-            missed[name] = int((~verify(binary, x, x_adv, y, threat).fooled).sum())
+            fooled = verify(binary, x, x_adv, y, threat).fooled
+            found[name], stands = int(fooled.sum()), stands & ~fooled
         lucky = _search(binary, x, y, threat)
-    return Outcome(len(x), missed, int(lucky.sum()), heads.weight.shape[1])
+    return Outcome(len(x), found, int(stands.sum()), int(lucky.sum()), heads.weight.shape[1])
 
 
 class Features:

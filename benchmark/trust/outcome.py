@@ -334,7 +334,7 @@ def seed_spread(p: Patient) -> Number:
 
 
 def active(p: Patient) -> Number:
-    """Planted examples, see `robench.benchmark.trust.active`; the worst attack counts."""
+    """Planted examples, see `robench.benchmark.trust.active`: what all attacks together find."""
     images = p.data.select(torch.from_numpy(p.target.correct))
     if not len(images):
         return Number(None, "no image is right")
@@ -344,7 +344,7 @@ def active(p: Patient) -> Number:
         outcome = active_test(p.model, Held(x, y), made, p.threat)
     if not outcome.valid:
         return Number(None, str(outcome))
-    return Number(wilson(outcome.worst / outcome.tests, outcome.tests)[0], str(outcome))
+    return Number(wilson(outcome.missed / outcome.tests, outcome.tests)[0], str(outcome))
 
 
 def overfit_gap(p: Patient) -> Number:
