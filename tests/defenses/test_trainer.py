@@ -407,13 +407,14 @@ def test_a_signal_ends_a_training_after_the_step_it_is_at_and_nothing_is_lost(
     history, nets, _ = uninterrupted[name]
     (defense, options), keeper = CASES[name], make_keeper()
     kind = signal.SIGTERM if steps == 5 else signal.SIGINT
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where SIGINT is ignored, as it is for what a shell starts in the background.
+    before = signal.signal(kind, signal.default_int_handler)
     try:
         first = Signal(kind, steps)
         with pytest.raises(KeyboardInterrupt):
             train(defense, epochs=4, augment=noisy, keeper=keeper, watcher=first, **options)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(kind, before)
     torch.manual_seed(99)
     second = Signal()
     again, resumed, _ = train(defense, epochs=4, augment=noisy, keeper=keeper, watcher=second,
