@@ -80,18 +80,41 @@ def load_robustbench(
 @contextmanager
 def guarded(utils: ModuleType | None = None, reporter: Reporter | None = None) -> Iterator[None]:
     """Until it ends, torch.load reads weights alone in this process, whatever its caller or the
-    environment asks for; and the downloads of `utils`, robustbench's, are ours."""
-    original, load = torch.load, partial(read_tensors, torch.load)
-    download = getattr(utils, "download_gdrive_new", None)
-    torch.load = load
+    environment asks for; and the downloads of `utils`, robustbench's, are ours, and what it puts
+    into a network is all that this needs."""
+    load = torch.load
+    ours = {(torch, "load"): partial(read_tensors, load)}
     if utils is not None:
-        utils.download_gdrive_new = partial(_download, reporter or Reporter(quiet=True), original)  # type: ignore[attr-defined]
+        reporter = reporter or Reporter(quiet=True)
+        ours[utils, "download_gdrive_new"] = partial(_download, reporter, load)
+        ours[utils, "_safe_load_state_dict"] = partial(_complete, utils._safe_load_state_dict)
+    theirs = {place: getattr(*place) for place in ours}
+    for (module, name), function in ours.items():
+        setattr(module, name, function)
     try:
         yield
     finally:
-        torch.load = original
-        if utils is not None:
-            utils.download_gdrive_new = download  # type: ignore[attr-defined]
+        for (module, name), function in theirs.items():
+            setattr(module, name, function)
+
+
+def _complete(
+    load: Any, net: nn.Module, name: str, state: dict[str, Any], *rest: Any
+) -> nn.Module:
+    """`load`, which robustbench lets pass over whatever is missing in files of many models, since
+    their normalization is: on ImageNet even a file without any weights.
+
+    Raises ValueError: more is missing than constants, which the network has by itself.
+    """
+    made: nn.Module = load(net, name, state, *rest)
+    learned = {key for key, value in made.named_parameters() if value.requires_grad}
+    learned |= {key for key, _ in made.named_buffers()
+                if key.endswith(("running_mean", "running_var"))}
+    missing = sorted(learned.intersection(made.load_state_dict(state, strict=False).missing_keys))
+    if missing:
+        raise ValueError(f"it is of another network: {missing[0]} is missing, {len(missing)} in "
+                         "all")
+    return made
 
 
 def read_tensors(

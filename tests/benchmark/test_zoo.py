@@ -243,6 +243,27 @@ def test_weights_of_another_model(tmp_path, offline):
     assert "could not be loaded from" in refused(RobenchError, NAME, "cifar10", "Linf", tmp_path)
 
 
+@pytest.mark.parametrize("wanting", ["model.fc.weight", "model.bn1.running_mean", "all"])
+def test_a_file_that_lacks_weights(tmp_path, offline, wanting):
+    """RobustBench takes any file for its ImageNet models: their normalization is missing anyway."""
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    name = "Salman2020Do_R18"
+    net = models[enums.BenchmarkDataset("imagenet")][enums.ThreatModel("Linf")][name]["model"]()
+    state = {key.removeprefix("model."): value for key, value in net.state_dict().items()
+             if key.startswith("model.")}
+    path = tmp_path / "imagenet" / "Linf" / f"{name}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    read = zoo.load_robustbench(name, "imagenet", "Linf", tmp_path)
+    assert weights_sha256(read) == weights_sha256(net)
+    torch.save({key: value for key, value in state.items()
+                if wanting not in ("all", f"model.{key}")}, path)
+    message = refused(RobenchError, name, "imagenet", "Linf", tmp_path)
+    assert f"{path} (ValueError: it is of another network: model." in message
+    assert (f"{wanting} is missing, 1 in all" in message) != (wanting == "all")
+
+
 # The package itself
 
 
