@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from robench.attacks.threat import Norm
+from robench.benchmark.data.folders import imagenet_name
 from robench.benchmark.progress import Reporter
 from robench.benchmark.zoo.fetch import fetch
 from robench.benchmark.zoo.package import import_robustbench
@@ -25,6 +26,12 @@ from robench.errors import RobenchError, UsageError, one_line
 from robench.registry import unknown
 
 LISTS = ("Linf", "L2", "corruptions")
+# What RobustBench calls the preparation of ImageNet's images -> what robench calls these.
+PREPARED = {
+    "Res256Crop224": "imagenet", "BicubicRes256Crop224": "imagenet,interpolation=bicubic",
+    "Crop288": "the center 288x288 of images that are not resized",
+    "Res224": "images that are squashed to 224x224",
+}
 
 
 def split_name(name: str, norm: Norm) -> tuple[str, str]:
@@ -75,6 +82,26 @@ def load_robustbench(
         raise RobenchError(f"robustbench:{name} could not be loaded from {place} "
                            f"({one_line(error)})") from None
     return net.eval()
+
+
+def published_on(net: nn.Module, name: str, norm: Norm) -> str:
+    """The images of ImageNet on which RobustBench evaluates a model that it loaded: the name of a
+    data set, or words where robench has none."""
+    listed, name = split_name(name, norm)
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    known = models[enums.BenchmarkDataset.imagenet][enums.ThreatModel(listed)][name]
+    if prepared := str(known.get("preprocessing", "")):
+        return PREPARED.get(prepared, prepared)
+    made: Any = net.model if isinstance(net, nn.Sequential) else net  # a model of timm's
+    return images_of(made.default_cfg)
+
+
+def images_of(config: Mapping[str, Any]) -> str:
+    """The name of ImageNet as timm's configuration of a network has its images."""
+    size = config["input_size"][-1]
+    return imagenet_name(resize=int(size / config["crop_pct"]), crop=size,
+                         interpolation=config["interpolation"])
 
 
 @contextmanager
