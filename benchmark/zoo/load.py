@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from robench.attacks.threat import Norm
+from robench.benchmark.checkpoints import check_unpacked
 from robench.benchmark.data.folders import imagenet_name
 from robench.benchmark.progress import Reporter
 from robench.benchmark.zoo.fetch import fetch
@@ -155,6 +156,8 @@ def read_tensors(
         RobenchError: a file that is damaged. Both say what to do: `advice`.
     """
     try:
+        if isinstance(file, str | os.PathLike):
+            check_unpacked(Path(file))
         return load(file, *arguments, **{**options, "weights_only": True})
     except FileNotFoundError:
         raise
