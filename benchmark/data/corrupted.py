@@ -54,7 +54,8 @@ def corrupted(
     folder = next((place for place in (root, named) if (place / "labels.npy").exists()), None)
     if folder is None:
         where = f", in {named}" if dataset in FOLDERS else ""
-        how = " or add --download" if dataset in ARCHIVES else ""
+        there = f" or remove {named} and add --download" if named.is_dir() else " or add --download"
+        how = there if dataset in ARCHIVES else ""
         raise UsageError(f"no labels.npy in {root}{where}: name the folder of the corrupted "
                          f"images with --corruptions-root DIR{how}")
     names = sorted(path.stem for path in folder.glob("*.npy") if path.stem != "labels")

@@ -14,7 +14,8 @@ from robench.benchmark.data.registry import Request
 from robench.benchmark.data.streams import Bytes
 from robench.errors import UsageError, one_line
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+# Those of torchvision's ImageFolder: what it reads is read here, and nothing is left out.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 GREY, COLOR = ("1", "L"), ("P", "RGB")
 Labels = npt.NDArray[np.int64]
 INTERPOLATIONS = ("bilinear", "bicubic")  # of Pillow, which smooths where it makes smaller
@@ -138,11 +139,11 @@ def _check_mode(file: str, mode: str, known: tuple[str, ...]) -> None:
 
 
 def by_class(split: Path) -> dict[str, list[str]]:
-    """Class name -> its image files, both sorted by name."""
+    """Class name -> its image files, in folders within it, too; both sorted by name."""
     if not split.is_dir():
         raise UsageError(f"no folder {split}: images go to {split}/<class>/")
     found = {
-        group.name: sorted(str(f) for f in group.iterdir()
+        group.name: sorted(str(f) for f in group.rglob("*")
                            if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         for group in sorted(split.iterdir())
         if group.is_dir() and not group.name.startswith(".")

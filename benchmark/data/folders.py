@@ -38,6 +38,15 @@ def folder(request: Request) -> Dataset:
                            classes=classes, augment=Augment())
 
 
+IMAGENET = {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+
+
+def imagenet_name(**options: object) -> str:
+    """What records call ImageNet's validation set with the options resize, crop, interpolation."""
+    given = {key: str(value) for key, value in options.items()}
+    return Request("imagenet", "", given).name("imagenet", **IMAGENET)
+
+
 @DATASETS.register(
     "imagenet:PATH",
     description="ImageNet's validation set, PATH/val/<wnid>/*.JPEG, for evaluation: shorter side "
@@ -46,7 +55,7 @@ def folder(request: Request) -> Dataset:
 )
 def imagenet(request: Request) -> Dataset:
     """Its name in records is `imagenet`, wherever it lies. Classes are in the order of wnids."""
-    name = request.name("imagenet", resize=256, crop=224, interpolation="bilinear")
+    name = request.name("imagenet", **IMAGENET)
     look = Look.asked(request, 256, 224, modes=(*GREY, *COLOR, "CMYK"))
     groups = by_class(Path(request.path).expanduser() / "val")
     test = _images(request, look, list(groups.values()))

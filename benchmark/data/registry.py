@@ -29,7 +29,7 @@ def _untold(label: str) -> Iterator[Callable[[float, str], None]]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for: `cifar10`, `tiny-imagenet,order=sorted`, `imagenet:PATH,crop=299`.
+    """What a user asks for: `cifar10`, `tiny-imagenet,order=sorted`, `imagenet:PATH,crop=192`.
 
     Attributes:
         kind: the name in DATASETS, without :PATH. path: "" where there is none.

@@ -3,7 +3,8 @@
 The download goes to NAME.part beside its place and goes on there when it is run again. Google
 answers with a page instead of the file when too many people fetched it; such a page is never taken
 for weights. RobustBench publishes no checksums, so what can be checked is checked: the length, that
-the file can be read as weights, and after an interruption the checksums inside it.
+the file can be read as weights, and after an interruption the checksums inside it. Files of
+before torch 1.6 have none inside: such a download begins anew.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def fetch(
 
 def _download(drive_id: str, part: Path, progress: Progress) -> bool:
     """Bring `part` to its full length. Returns whether it was begun earlier."""
-    begun = size_of(part)
+    begun = size_of(part) if _checkable(part) else 0
     with _open(drive_id, part, begun) as response:
         start, total = extent(response, begun)
         done = start
@@ -136,10 +137,16 @@ class Page(HTMLParser):
         self._texts[self._inside] = self._texts.get(self._inside, "") + data
 
 
+def _checkable(part: Path) -> bool:
+    """Whether it is the beginning of a zip file, as torch.save writes them, with checksums."""
+    if not part.exists():
+        return False
+    with part.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _sound(path: Path) -> bool:
-    """Whether the checksums in a file of torch.save are right; older files have none."""
-    if not zipfile.is_zipfile(path):
-        return True
+    """Whether the checksums in a file of torch.save are right."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

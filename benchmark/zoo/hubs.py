@@ -20,9 +20,10 @@ from typing import Any
 from torch import nn
 
 from robench.benchmark.checkpoints import load_weights
+from robench.benchmark.data.folders import imagenet_name
 from robench.benchmark.models import Normalize
 from robench.benchmark.zoo.entries import UNKNOWN
-from robench.benchmark.zoo.load import guarded
+from robench.benchmark.zoo.load import guarded, images_of
 from robench.errors import RobenchError, UsageError, one_line
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -36,6 +37,7 @@ class Pretrained:
     Attributes:
         classes: the number of logits K. size: of the images it was trained on, in pixels.
         fixed: it takes no other size.
+        published_on: what records call ImageNet as its published accuracy is on it.
         license: of the weights, "unknown" where nobody states it.
     """
 
@@ -44,6 +46,7 @@ class Pretrained:
     channels: int
     size: int
     fixed: bool
+    published_on: str
     license: str
 
 
@@ -63,10 +66,11 @@ def load_timm(name: str, classes: int) -> Pretrained:
     if file is None:
         given = {"pretrained": True}
         known = _timm_config(timm, name)
-        if known is not None and known.hf_hub_id and not known.custom_load:
-            # Not left to timm: 1.0.9, which robustbench pins, does not find a newer client.
+        # Not left to timm: 1.0.9, which robustbench pins, does not find a newer client. What needs
+        # a loader of its own elsewhere (custom_load) does not on the Hub, unless that says so.
+        if known is not None and known.hf_hub_id and known.custom_load != "hf":
             path, license = hub_file(f"{known.hf_hub_id}/{known.hf_hub_filename or STANDARD}")
-            given["pretrained_cfg_overlay"] = {"file": str(path)}
+            given["pretrained_cfg_overlay"] = {"file": str(path), "custom_load": False}
     net = _made(f"timm:{name}", lambda: timm.create_model(name, **given))
     config = net.pretrained_cfg
     if file is not None:
@@ -77,7 +81,7 @@ def load_timm(name: str, classes: int) -> Pretrained:
     return Pretrained(
         _normalized(net, config["mean"], config["std"]),
         classes if file is not None else config["num_classes"], channels, size,
-        bool(config.get("fixed_input_size")), license)
+        bool(config.get("fixed_input_size")), images_of(config), license)
 
 
 def load_torchvision(name: str, classes: int) -> Pretrained:
@@ -107,6 +111,8 @@ def load_torchvision(name: str, classes: int) -> Pretrained:
         _normalized(net, preset.mean, preset.std),
         classes if file is not None else len(meta["categories"]), len(preset.mean), size,
         min(meta["min_size"]) >= size,
+        imagenet_name(resize=preset.resize_size[0], crop=size,
+                      interpolation=preset.interpolation.value),
         UNKNOWN if file is not None else meta.get("license", UNKNOWN))
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from robench.attacks.threat import Norm
+from robench.benchmark.checkpoints import check_unpacked
+from robench.benchmark.data.folders import imagenet_name
 from robench.benchmark.progress import Reporter
 from robench.benchmark.zoo.fetch import fetch
 from robench.benchmark.zoo.package import import_robustbench
@@ -25,6 +27,12 @@ from robench.errors import RobenchError, UsageError, one_line
 from robench.registry import unknown
 
 LISTS = ("Linf", "L2", "corruptions")
+# What RobustBench calls the preparation of ImageNet's images -> what robench calls these.
+PREPARED = {
+    "Res256Crop224": "imagenet", "BicubicRes256Crop224": "imagenet,interpolation=bicubic",
+    "Crop288": "the center 288x288 of images that are not resized",
+    "Res224": "images that are squashed to 224x224",
+}
 
 
 def split_name(name: str, norm: Norm) -> tuple[str, str]:
@@ -77,21 +85,64 @@ def load_robustbench(
     return net.eval()
 
 
+def published_on(net: nn.Module, name: str, norm: Norm) -> str:
+    """The images of ImageNet on which RobustBench evaluates a model that it loaded: the name of a
+    data set, or words where robench has none."""
+    listed, name = split_name(name, norm)
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    known = models[enums.BenchmarkDataset.imagenet][enums.ThreatModel(listed)][name]
+    if prepared := str(known.get("preprocessing", "")):
+        return PREPARED.get(prepared, prepared)
+    made: Any = net.model if isinstance(net, nn.Sequential) else net  # a model of timm's
+    return images_of(made.default_cfg)
+
+
+def images_of(config: Mapping[str, Any]) -> str:
+    """The name of ImageNet as timm's configuration of a network has its images."""
+    size = config["input_size"][-1]
+    return imagenet_name(resize=int(size / config["crop_pct"]), crop=size,
+                         interpolation=config["interpolation"])
+
+
 @contextmanager
 def guarded(utils: ModuleType | None = None, reporter: Reporter | None = None) -> Iterator[None]:
     """Until it ends, torch.load reads weights alone in this process, whatever its caller or the
-    environment asks for; and the downloads of `utils`, robustbench's, are ours."""
-    original, load = torch.load, partial(read_tensors, torch.load)
-    download = getattr(utils, "download_gdrive_new", None)
-    torch.load = load
+    environment asks for; and the downloads of `utils`, robustbench's, are ours, and what it puts
+    into a network is all that this needs."""
+    load = torch.load
+    ours = {(torch, "load"): partial(read_tensors, load)}
     if utils is not None:
-        utils.download_gdrive_new = partial(_download, reporter or Reporter(quiet=True), original)  # type: ignore[attr-defined]
+        reporter = reporter or Reporter(quiet=True)
+        ours[utils, "download_gdrive_new"] = partial(_download, reporter, load)
+        ours[utils, "_safe_load_state_dict"] = partial(_complete, utils._safe_load_state_dict)
+    theirs = {place: getattr(*place) for place in ours}
+    for (module, name), function in ours.items():
+        setattr(module, name, function)
     try:
         yield
     finally:
-        torch.load = original
-        if utils is not None:
-            utils.download_gdrive_new = download  # type: ignore[attr-defined]
+        for (module, name), function in theirs.items():
+            setattr(module, name, function)
+
+
+def _complete(
+    load: Any, net: nn.Module, name: str, state: dict[str, Any], *rest: Any
+) -> nn.Module:
+    """`load`, which robustbench lets pass over whatever is missing in files of many models, since
+    their normalization is: on ImageNet even a file without any weights.
+
+    Raises ValueError: more is missing than constants, which the network has by itself.
+    """
+    made: nn.Module = load(net, name, state, *rest)
+    learned = {key for key, value in made.named_parameters() if value.requires_grad}
+    learned |= {key for key, _ in made.named_buffers()
+                if key.endswith(("running_mean", "running_var"))}
+    missing = sorted(learned.intersection(made.load_state_dict(state, strict=False).missing_keys))
+    if missing:
+        raise ValueError(f"it is of another network: {missing[0]} is missing, {len(missing)} in "
+                         "all")
+    return made
 
 
 def read_tensors(
@@ -105,6 +156,8 @@ def read_tensors(
         RobenchError: a file that is damaged. Both say what to do: `advice`.
     """
     try:
+        if isinstance(file, str | os.PathLike):
+            check_unpacked(Path(file))
         return load(file, *arguments, **{**options, "weights_only": True})
     except FileNotFoundError:
         raise

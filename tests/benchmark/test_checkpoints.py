@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import random
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -22,7 +23,8 @@ from robench.benchmark.checkpoints import (
 )
 from robench.benchmark.models import build_model
 from robench.benchmark.recipe import ModelSpec
-from robench.errors import UsageError
+from robench.benchmark.zoo.load import read_tensors
+from robench.errors import RobenchError, UsageError
 
 
 def refused(action, *arguments):
@@ -174,6 +176,19 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, net, name
         torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
     assert "does not unpickle code" in refused(load_weights, net, path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_few_bytes_do_not_fill_the_memory(tmp_path, net):
+    whole = tmp_path / "whole.pt"
+    torch.save({"x": torch.zeros(10**6)}, whole)
+    path = tmp_path / "packed.pt"
+    with zipfile.ZipFile(whole) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as one:
+        for entry in stored.infolist():
+            one.writestr(entry.filename, stored.read(entry.filename))
+    assert path.stat().st_size < 10**5
+    assert "it unpacks to more than it is" in refused(load_weights, net, path)
+    with pytest.raises(RobenchError, match="it unpacks to more than it is"):
+        read_tensors(torch.load, path)
 
 
 def test_a_whole_network_is_refused(tmp_path, net):

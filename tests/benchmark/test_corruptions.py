@@ -117,6 +117,13 @@ def test_it_goes_on_after_the_last_corruption(root, files, robench, tmp_path, mo
     assert (one.right, one.clean, one.data_sha256) == (other.right, other.clean, other.data_sha256)
 
 
+def test_a_folder_that_is_no_download_is_in_the_way(tmp_path):
+    (tmp_path / "CIFAR-10-C").mkdir()
+    with pytest.raises(UsageError, match="or remove .*CIFAR-10-C and add --download"):
+        corrupted("cifar10", load_dataset("digits").test, tmp_path, room=1, download=True,
+                  task=None)
+
+
 def labels_of_others(folder):
     np.save(folder / "labels.npy", np.zeros(1800, dtype=np.uint8))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from robench.benchmark.data import download, tiny_imagenet
+from robench.benchmark.data import bundled, corrupted, download, load_dataset, tiny_imagenet
 from robench.benchmark.data.download import Archive, fetched
-from robench.errors import RobenchError
+from robench.errors import RobenchError, UsageError
 
 
 def zipped(**files: str) -> bytes:
@@ -181,6 +182,30 @@ def test_tiny_imagenet_is_downloaded_once(server, tmp_path, robench, monkeypatch
     assert names(tmp_path) == {"data/tiny-imagenet-200/wnids.txt"}
 
 
+def test_cifar_is_downloaded_from_the_next_place_and_goes_on(server, tmp_path, monkeypatch):
+    """What torchvision would do once, from one place."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archived:
+        member = tarfile.TarInfo("cifar-10-batches-py/readme.html")
+        member.size = 5000
+        archived.addfile(member, io.BytesIO(os.urandom(5000)))
+    server.content = buffer.getvalue()
+    brought = archive(server, "gone", "breaks", name="cifar-10-python.tar.gz")
+    monkeypatch.setitem(bundled.ARCHIVES, "CIFAR10", (brought, "cifar-10-batches-py"))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", None)  # which would read it now
+    for _ in range(2):
+        with pytest.raises(UsageError, match="cannot read cifar10"):
+            load_dataset("cifar10", tmp_path, download=True)
+    assert server.asked[:3] == [("/gone", None), ("/breaks", None), ("/breaks", "bytes=1000-")]
+    assert names(tmp_path) == {"cifar-10-batches-py/readme.html"}
+
+
 def test_official_places_are_what_was_published():
-    for one in (tiny_imagenet.ARCHIVE,):
+    import torchvision
+
+    for one in (tiny_imagenet.ARCHIVE, *corrupted.ARCHIVES.values()):
         assert len(one.md5) == 32 and one.size > 10**8 and len(one.urls) > 1
+    for name, (one, folder) in bundled.ARCHIVES.items():
+        theirs = getattr(torchvision.datasets, name)
+        assert (one.name, one.md5, folder) == (theirs.filename, theirs.tgz_md5, theirs.base_folder)
+        assert theirs.url in one.urls and len(one.urls) > 1

@@ -260,6 +260,19 @@ def test_folders_of_images_that_differ_need_options(imagenet):
         _ = data.train
 
 
+def test_a_folder_has_what_torchvisions_image_folder_finds(tmp_path):
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    for level, suffix in enumerate(IMG_EXTENSIONS):
+        for group, deeper in (("a", "."), ("b", "images/more")):
+            (tmp_path / group / deeper).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), 20 * level).save(tmp_path / group / deeper / f"x{suffix}")
+    theirs, mine = ImageFolder(tmp_path), load_dataset(f"folder:{tmp_path}")
+    assert (len(mine.test), list(mine.classes)) == (len(theirs) == 18 and 18, theirs.classes)
+    assert mine.test.y.bincount().tolist() == [9, 9]
+
+
 def _only(path: Path, group: str) -> Path:
     """A folder beside it with this class alone."""
     place = path.parent / f"only-{group}"

@@ -87,6 +87,13 @@ def test_images_of_another_size_are_told(squeezenet, capfd):
     assert capfd.readouterr().err == f"warning: {told}\n"
 
 
+def test_imagenet_that_is_prepared_in_another_way_is_told(squeezenet):
+    usual, other = (load("torchvision:squeezenet1_1", images(1000, 224, name=name)).notes
+                    for name in ("imagenet", "imagenet,resize=232"))
+    assert other == ("torchvision:squeezenet1_1: published numbers are on imagenet, these on "
+                     "imagenet,resize=232", *usual)
+
+
 def test_data_that_do_not_fit(squeezenet):
     assert "tells 1,000 classes apart, photos has 10" in refused(
         "torchvision:squeezenet1_1", images(10, 32))
@@ -166,6 +173,20 @@ def test_timm_by_name(timm, hub):
     message = refused("timm:test_vit", data, UsageError)
     assert message.startswith("hf:timm/test_vit.r160_in1k/model.safetensors: timm/test_vit.r160_in"
                               "1k has no model.safetensors")
+
+
+def test_timm_whose_first_weights_had_another_format(timm, hub):
+    """The Hub has them as timm's own; the loader of the others would not read that."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = timm.create_model("vit_tiny_patch16_224")
+    repository = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert timm.models.get_pretrained_cfg("vit_tiny_patch16_224").custom_load
+    hub[repository, "model.safetensors"] = save(plain.state_dict())
+    data = images(1000, 224, name="imagenet,resize=248,interpolation=bicubic")
+    network = load("timm:vit_tiny_patch16_224", data)
+    same(network.net, plain, (0.5,) * 3, (0.5,) * 3, data.test.x)
+    assert network.notes == ("license of the weights: cc-by-4.0",)
 
 
 def test_timm_with_weights_of_a_file(timm, tmp_path):

@@ -243,6 +243,82 @@ def test_weights_of_another_model(tmp_path, offline):
     assert "could not be loaded from" in refused(RobenchError, NAME, "cifar10", "Linf", tmp_path)
 
 
+@pytest.mark.parametrize("wanting", ["model.fc.weight", "model.bn1.running_mean", "all"])
+def test_a_file_that_lacks_weights(tmp_path, offline, wanting):
+    """RobustBench takes any file for its ImageNet models: their normalization is missing anyway."""
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    name = "Salman2020Do_R18"
+    net = models[enums.BenchmarkDataset("imagenet")][enums.ThreatModel("Linf")][name]["model"]()
+    state = {key.removeprefix("model."): value for key, value in net.state_dict().items()
+             if key.startswith("model.")}
+    path = tmp_path / "imagenet" / "Linf" / f"{name}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    read = zoo.load_robustbench(name, "imagenet", "Linf", tmp_path)
+    assert weights_sha256(read) == weights_sha256(net)
+    torch.save({key: value for key, value in state.items()
+                if wanting not in ("all", f"model.{key}")}, path)
+    message = refused(RobenchError, name, "imagenet", "Linf", tmp_path)
+    assert f"{path} (ValueError: it is of another network: model." in message
+    assert (f"{wanting} is missing, 1 in all" in message) != (wanting == "all")
+
+
+@pytest.fixture
+def photos():
+    """photos(name, classes) is a data set of two images of ImageNet's size."""
+    def made(name, classes=1000):
+        data = Images(torch.rand(2, 3, 224, 224), torch.tensor([0, classes - 1]))
+        return Dataset(name, data, data, tuple(map(str, range(classes))), Augment())
+
+    return made
+
+
+@pytest.fixture
+def salman(tmp_path):
+    """A file for an ImageNet model of the zoo, in tmp_path."""
+    models = importlib.import_module("torchvision.models")
+    path = tmp_path / "imagenet" / "Linf" / "Salman2020Do_R18.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), path)
+    return "robustbench:Salman2020Do_R18"
+
+
+def test_images_as_the_zoo_has_them_and_others(salman, photos, tmp_path, offline):
+    usual, other = (load_network(salman, photos(name), THREAT, zoo=tmp_path)
+                    for name in ("imagenet", "imagenet,interpolation=bicubic"))
+    assert usual.notes == ("license of the weights: MIT",)
+    assert other.notes == (
+        f"{salman}: published numbers are on imagenet, these on imagenet,interpolation=bicubic",
+        *usual.notes)
+
+
+def test_a_part_of_imagenet_has_other_labels(salman, photos, tmp_path, offline):
+    message = "tells 1,000 classes apart, imagenet has 100: labels would mean other classes"
+    with pytest.raises(UsageError, match=message):
+        load_network(salman, photos("imagenet", classes=100), THREAT, zoo=tmp_path)
+
+
+def test_the_images_of_every_imagenet_model_are_known():
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    timm = importlib.import_module("timm")
+    told, built = {}, 0
+    for threat in (enums.ThreatModel.Linf, enums.ThreatModel.corruptions):
+        for name in models[enums.BenchmarkDataset.imagenet][threat]:
+            net = torch.nn.Identity()
+            theirs = f"{name.lower().replace('-', '_')}_imagenet_{threat.value.lower()}"
+            if timm.is_model(theirs):
+                net.default_cfg = timm.models.get_pretrained_cfg(theirs).to_dict()
+                built += 1
+            told[name] = zoo.published_on(net, name, threat.value)
+    assert told["Salman2020Do_R50"] == told["Hendrycks2020AugMix"] == "imagenet"
+    assert told["Singh2023Revisiting_ViT-S-ConvStem"] == "imagenet,interpolation=bicubic"
+    assert told["Debenedetti2022Light_XCiT-S12"] == "imagenet,resize=224,interpolation=bicubic"
+    assert built > 3 and set(told.values()) == {*zoo.PREPARED.values(),
+                                                told["Debenedetti2022Light_XCiT-S12"]}
+
+
 # The package itself
 
 

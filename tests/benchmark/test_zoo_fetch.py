@@ -160,8 +160,19 @@ def test_parts_of_different_files_are_not_put_together(server, tmp_path):
 
 def test_a_part_that_is_longer_than_the_file(server, tmp_path):
     server.content = packed({"w": torch.zeros(3)})
-    (tmp_path / "a.pt.part").write_bytes(bytes(len(server.content) + 1))
+    (tmp_path / "a.pt.part").write_bytes(b"PK\x03\x04" + bytes(len(server.content)))
     fetch("the-id", tmp_path / "a.pt", good)
+    assert [wanted is None for _, wanted in server.requests] == [False, True]
+    assert (tmp_path / "a.pt").read_bytes() == server.content
+
+
+def test_a_file_without_checksums_does_not_go_on(server, tmp_path):
+    """Another file's first half would not be noticed: same tensors, other numbers."""
+    other, server.content = (packed({"w": torch.full((50_000,), value)},
+                                    _use_new_zipfile_serialization=False) for value in (1.0, 2.0))
+    (tmp_path / "a.pt.part").write_bytes(other[: len(other) // 2])
+    fetch("the-id", tmp_path / "a.pt", good)
+    assert server.requests[0][1] is None
     assert (tmp_path / "a.pt").read_bytes() == server.content
 
 
