@@ -100,7 +100,7 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
 
 
 def rob_f_training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
-    """`rob_f` on the selection split after each epoch, one row per network f, epoch and training."""
+    """`rob_f` on the selection split: one row per network f, epoch and training."""
     labels = run_labels(records, epochs)
     lines = [
         {
