@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robench.reports.columns import make_frame
+from robench.reports.grouping import canonical
 from robench.reports.record import Record, Survey
 from robench.reports.runs import run_labels, trainings
 from robench.reports.store import Results
@@ -30,11 +31,22 @@ def cost(results: Results) -> pd.DataFrame:
     time, `forwards` and `backwards`, passes of single images, are sums over those of which they
     are known; `untimed` and `uncounted` say of how many they are not. A training is counted once,
     however many checkpoints of it were attacked, and for the device on which they were; a teacher
-    once, however many students it has. `peak_bytes` is the largest of all.
+    once, however many students it has; an attack once, whatever its record is a row of (see
+    `measurements`). `peak_bytes` is the largest of all.
     """
     lines = [*_trainings(results), *_teachers(results.records), *_attacks(results.records),
              *_surveys(results)]
     return make_frame(lines, COLUMNS)
+
+
+def measurements(records: Iterable[Record]) -> list[Record]:
+    """A record of each measurement, the first. One that was made once may be in several: where the
+    best epoch of a training is its last, both checkpoints are one network."""
+    found: dict[tuple[object, ...], Record] = {}
+    for r in records:
+        found.setdefault((r.run, r.seed, r.weights_sha256, r.data_sha256, r.threat, r.attack,
+                          canonical(r.attack_config), r.attack_seed, r.created, r.seconds), r)
+    return list(found.values())
 
 
 def cost_boards(results: Results) -> list[Board]:
@@ -161,7 +173,7 @@ def _teachers(records: Sequence[Record]) -> list[Line]:
 def _attacks(records: Sequence[Record]) -> list[Line]:
     """One for each attack and device. Points of the accuracy-over-eps figure are apart."""
     found: dict[tuple[str, str], list[Record]] = {}
-    for r in records:
+    for r in measurements(records):
         what = r.attack + (" over eps" if r.role == "curve" else "")
         found.setdefault((what, r.device), []).append(r)
     return [{

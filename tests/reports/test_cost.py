@@ -5,6 +5,7 @@ import pytest
 
 from robench.reports import Results, save
 from robench.reports.cost import cost, cost_boards, in_words
+from robench.reports.provenance import provenance
 from robench.reports.text import markdown
 
 
@@ -62,6 +63,19 @@ def test_attacks_are_added_up(trained):
     assert (pgd["what"], pgd["measured"], pgd["networks"], pgd["seconds"]) == ("pgd-20", 2, 2, 14.0)
     assert (pgd["forwards"], pgd["backwards"]) == (2 * 300 * 10, 2 * 300 * 8)  # of single images
     assert (cw["forwards"], cw["uncounted"], cw["untimed"]) == (3000, 0, 0)
+
+
+def test_a_measurement_counts_once_whatever_it_is_a_row_of(make_record):
+    """The best epoch was the last: one network, attacked once, under two names."""
+    one = make_record(attack="pgd-20", n_correct=100, forwards=2.0, backwards=1.0, seconds=5.0)
+    twin = one.model_copy(update={"checkpoint": "last", "ranked": False})
+    again = one.model_copy(update={"created": "2026-11-21T10:00:00+00:00"})
+    point = one.model_copy(update={"role": "curve"})
+    (line,) = of(cost(Results([one, twin, again, point])), "attacks")
+    assert (line["measured"], line["seconds"], line["forwards"]) == (2, 10.0, 400)
+    facts = dict(zip(*([cell.text for cell in column.cells]
+                       for column in provenance([one, twin])[0].columns), strict=True))
+    assert facts["Evaluation"] == "5 s in all"
 
 
 def test_what_was_not_counted_is_not_nothing(make_record):
