@@ -66,6 +66,8 @@ class Union(Pooled):
         threats = [self.threat, *self.others]
         if len(set(threats)) < len(threats):
             raise UsageError(f"union: {', '.join(map(str, threats))} are not different")
+        if not all(other.eps for other in self.others):  # distances are shares of it
+            raise UsageError("union: name other threat models whose eps is above 0")
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
         """The examples under `threat` alone; for what the others find see `Search`."""
