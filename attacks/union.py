@@ -66,6 +66,8 @@ class Union(Pooled):
         threats = [self.threat, *self.others]
         if len(set(threats)) < len(threats):
             raise UsageError(f"union: {', '.join(map(str, threats))} are not different")
+        if not all(other.eps for other in self.others):  # distances are shares of it
+            raise UsageError("union: name other threat models whose eps is above 0")
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
         """The examples under `threat` alone; for what the others find see `Search`."""
@@ -87,8 +89,12 @@ class Union(Pooled):
 def joint(attack: Attack, threat: ThreatModel) -> str:
     """All that an attack works under, as records name it: "Linf:8/255", or of a union
     "Linf:8/255+L2:0.5", which no table puts beside the former."""
-    others = attack.others if isinstance(attack, Union) else ()
-    return "+".join(map(str, (threat, *others)))
+    return "+".join(map(str, threats_of(attack, threat)))
+
+
+def threats_of(attack: Attack, threat: ThreatModel) -> tuple[ThreatModel, ...]:
+    """The threat models an attack works under, that of the run first."""
+    return (threat, *(attack.others if isinstance(attack, Union) else ()))
 
 
 @ATTACKS.register(

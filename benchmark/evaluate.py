@@ -15,6 +15,7 @@ from torch import Tensor
 from robench.attacks.base import Attack, Classifier
 from robench.attacks.search import Pooled
 from robench.attacks.threat import ThreatModel
+from robench.attacks.union import threats_of
 from robench.benchmark.checks import eps_unit
 from robench.benchmark.data import Images, check_images
 from robench.benchmark.parts import BATCH as BATCH
@@ -196,7 +197,8 @@ def merged(
         seconds=found.seconds,
         max_distance=found.max_distance,
         violations=found.violations,
-        notes=(*notes, *flag("eps-unit", eps_unit(threat, target.data.x))),
+        notes=(*notes, *flag("eps-unit", max(eps_unit(one, target.data.x)
+                                             for one in threats_of(attack, threat)))),
         precision=attack.precision if isinstance(attack, Pooled) else "fp32",
         batch_size=found.batch_size,
         forwards=found.forwards / found.attacked if counted else None,
@@ -222,11 +224,11 @@ def _sentinel(found: Part, target: Target, n: int) -> list[str]:
 
 
 def _masking(found: Part, n: int) -> list[str]:
-    """AutoAttack's own check: random search should find nothing that gradients do not find."""
-    if found.breaker is None or "square" not in found.stages[1:]:
-        return []
-    broke = int((found.breaker == found.stages.index("square")).sum())
-    return list(flag("masking", beyond_luck(broke, n)))
+    """AutoAttack's own check: random search should find nothing that gradients do not find; in a
+    union, under any of its threat models."""
+    broke = [int((found.breaker == i).sum()) for i, name in enumerate(found.stages)
+             if i and name.rpartition(" ")[2] == "square" and found.breaker is not None]
+    return list(flag("masking", beyond_luck(max(broke), n))) if broke else []
 
 
 def attack_config(attack: Attack, classes: int) -> dict[str, Any]:

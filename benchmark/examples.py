@@ -18,7 +18,7 @@ from robench.benchmark.data import Images
 from robench.benchmark.data.streams import Streamed
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import load_network
-from robench.benchmark.spec import RunSpec
+from robench.benchmark.spec import RunSpec, threat_models
 from robench.errors import UsageError, one_line
 from robench.files import write_atomic
 
@@ -94,10 +94,16 @@ class Examples:
 
 
 def verify_file(path: Path, sources: Sequence[str], spec: RunSpec, *, zoo: Path) -> str:
-    """A line for each network: how many of the file's examples fool it. Raises UsageError."""
+    """A line for each network: how many of the file's examples fool it.
+
+    Raises UsageError, also where `spec` names threat models and that of the file is none of them.
+    """
     from robench.benchmark.matrix import Matrix
 
     examples = Examples.load(path)
+    if spec.threats and ThreatModel.parse(examples.threat) not in threat_models(spec):
+        raise UsageError(f"{path} holds examples at {examples.threat}, not at "
+                         f"{' or '.join(spec.threats)}: leave --threat out")
     matrix = Matrix(spec.model_copy(update={"threats": (examples.threat,)}), Reporter(quiet=True))
     lines = []
     for source in sources:

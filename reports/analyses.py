@@ -18,7 +18,7 @@ from robench.registry import unknown
 from robench.reports import tables
 from robench.reports.ablation import ablation, ablation_boards
 from robench.reports.beside import published, published_boards
-from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards
+from robench.reports.boards import checkpoint_boards, leaderboards, rob_f_boards, rob_f_summary
 from robench.reports.class_boards import class_boards
 from robench.reports.class_figures import draw_classes
 from robench.reports.classes import class_accuracy, confusion
@@ -56,6 +56,7 @@ class Analysis:
         boards: the table for people, one below the other; None where it is the frame as it is,
             which has no place on a page.
         legend: what the columns of the boards mean.
+        brief: in the place of the boards where there is little room.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Analysis:
     boards: Callable[[Results], list[Board]] | None = None
     intro: str = ""
     legend: str = ""
+    brief: Callable[[Results], list[Board]] | None = None
 
     @property
     def stem(self) -> str:
@@ -76,10 +78,14 @@ class Analysis:
     def file(self) -> str:
         return f"{self.stem}.csv"
 
+    def tables(self, results: Results, *, brief: bool = False) -> list[Board]:
+        """The table for people, or else the frame as it is."""
+        boards = brief and self.brief or self.boards
+        return boards(results) if boards else [_board(self, self.frame(results))]
+
     def text(self, results: Results) -> str:
         """The table in Markdown."""
-        boards = self.boards(results) if self.boards else [_board(self, self.frame(results))]
-        return "\n".join(map(markdown, boards))
+        return "\n".join(map(markdown, self.tables(results)))
 
 
 def _board(analysis: Analysis, frame: pd.DataFrame) -> Board:
@@ -121,6 +127,7 @@ ANALYSES = {one.name: one for one in (
         intro="Who withstands whose examples: Rob_f(x_f*) is the accuracy of network f on examples "
         "crafted against f itself, Rob_f(x_S*) its accuracy on examples crafted against the "
         "student S. Percentages.",
+        brief=lambda results: rob_f_summary(tables.rob_f(results.transfers, results.records)),
     ),
     Analysis(
         "rob-f-training", "Rob_f over training", "Rob_f after each epoch, on the images that "

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robench.reports.columns import PARTS, measured
+from robench.reports.grouping import trained_at
 from robench.reports.text import (
     NOTHING,
     TITLES,
@@ -161,6 +162,7 @@ def _networks(group: pd.DataFrame, links: Links, ranked: bool = False) -> tuple[
         _words("Defense", lines, "label"),
         *(_words(title, lines, name) for name, title in SHARED.items()
           if group[name].nunique() > 1),
+        *_trained_at(lines),
         _words("Checkpoint", lines, "checkpoint"),
         _words("Selected on", lines, "selection"),
         _column("Seeds", lines, lambda line: Cell(str(line["seeds"]))),
@@ -179,6 +181,18 @@ def _networks(group: pd.DataFrame, links: Links, ranked: bool = False) -> tuple[
         _column("Warnings", lines,
                 lambda line: Cell(str(line["warnings"]), more=line["warning_text"])),
     )
+
+
+def _trained_at(lines: Sequence[Line]) -> tuple[Column, ...]:
+    """The threat models of the trainings, where one of them is not that of the table.
+
+    Of natural training it says nothing: that attacks no more than to choose its checkpoint.
+    """
+    at = ["" if line["defense"].partition("+")[0] == "standard" else trained_at(line["options"])
+          for line in lines]
+    if not any(text and text != line["threat"] for line, text in zip(lines, at, strict=True)):
+        return ()
+    return (Column("Trained at", tuple(Cell(text or NOTHING) for text in at), words=True),)
 
 
 def _column(title: str, lines: Sequence[Line], cell: Callable[[Line], Cell]) -> Column:

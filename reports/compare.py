@@ -66,8 +66,8 @@ def find_baseline(row: Row, group: Sequence[Row]) -> Row | None:
 
     Of the same recipe, and with the same average of weights (SWA, EMA, none), or else what
     averaging gains would be counted as the defense's. Of a network that was trained in a run also
-    with the same model and, unless each method has its own schedule, as many epochs; among others
-    one of the same model goes first. None if there is none.
+    with the same model and, unless each method has its own schedule, as many epochs and at the same
+    threat model; among others one of the same model goes first. None if there is none.
     """
     fair = [other for other in group
             if other.baseline and other.key.recipe == row.key.recipe
@@ -84,8 +84,9 @@ def _average(row: Row) -> str:
 def _as_trained(one: Key, other: Key) -> bool:
     if "trained" not in (one.source, other.source):
         return True
-    epochs = one.epochs == other.epochs or one.recipe == "as-released"
-    return (one.source, one.model) == (other.source, other.model) and epochs
+    how = (one.epochs, one.trained_at) == (other.epochs, other.trained_at)
+    return (one.source, one.model) == (other.source, other.model) and (
+        how or one.recipe == "as-released")
 
 
 def difference(row: Row, baseline: Row, attack: str | None) -> Difference | None:

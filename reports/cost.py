@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from robench.reports.columns import make_frame
+from robench.reports.grouping import canonical
 from robench.reports.record import Record, Survey
 from robench.reports.runs import run_labels, trainings
 from robench.reports.store import Results
@@ -30,11 +31,22 @@ def cost(results: Results) -> pd.DataFrame:
     time, `forwards` and `backwards`, passes of single images, are sums over those of which they
     are known; `untimed` and `uncounted` say of how many they are not. A training is counted once,
     however many checkpoints of it were attacked, and for the device on which they were; a teacher
-    once, however many students it has. `peak_bytes` is the largest of all.
+    once, however many students it has; an attack once, whatever its record is a row of (see
+    `measurements`). `peak_bytes` is the largest of all.
     """
     lines = [*_trainings(results), *_teachers(results.records), *_attacks(results.records),
              *_surveys(results)]
     return make_frame(lines, COLUMNS)
+
+
+def measurements(records: Iterable[Record]) -> list[Record]:
+    """A record of each measurement, the first. One that was made once may be in several: where the
+    best epoch of a training is its last, both checkpoints are one network."""
+    found: dict[tuple[object, ...], Record] = {}
+    for r in records:
+        found.setdefault((r.run, r.seed, r.weights_sha256, r.data_sha256, r.threat, r.attack,
+                          canonical(r.attack_config), r.attack_seed, r.created, r.seconds), r)
+    return list(found.values())
 
 
 def cost_boards(results: Results) -> list[Board]:
@@ -119,41 +131,49 @@ def _trainings(results: Results) -> list[Line]:
     return list(lines.values())
 
 
-def _teachers(records: Iterable[Record]) -> list[Line]:
-    """The teachers that are no rows of their own, each once.
+def _teachers(records: Sequence[Record]) -> list[Line]:
+    """The teachers that are no rows of their own, each once, by device.
 
-    A record has the time of all its teachers in one number; where one of them is known, from
-    another record, the rest of it is the others'.
+    A record has the time of all its teachers that were trained for it in one number: what of them
+    is known from another record is taken off, and the rest is that of the others together.
     """
-    records = list(records)
-    known = {r.weights_sha256: r.train_seconds + r.teacher_seconds for r in records if r.run}
-    trained = set(known)
-    taught = {frozenset(r.teacher_sha256.values()): r for r in records if r.teacher_sha256}
-    device, seconds, extra = "", 0.0, set[str]()
-    untimed = set[str]()
+    times = {frozenset({r.weights_sha256}): r.train_seconds + r.teacher_seconds
+             for r in records if r.run}
+    rows = frozenset().union(*times)
+    taught, given = dict[frozenset[str], Record](), set[str]()
+    for r in records:
+        brought = set((r.defense_config.get("teachers") or {}).values())  # are not in the number
+        given |= brought
+        taught[frozenset(r.teacher_sha256.values()) - brought] = r
+    lines, timed = dict[str, Line](), set[str]()
+
+    def line(device: str, networks: int) -> Line:
+        mine = lines.setdefault(device, {"part": TEACHERS, "what": "that are no rows",
+                                         "device": device, "networks": 0, "untimed": 0})
+        mine["networks"] += networks
+        return mine
+
     for teachers, r in sorted(taught.items(), key=lambda item: len(item[0])):
-        left = r.teacher_seconds - sum(known.get(one, 0.0) for one in teachers)
-        new = teachers - known.keys()
-        if not new:
+        parts = [some for some in times if some <= teachers]
+        new = teachers.difference(*parts)
+        left = r.teacher_seconds - sum(times[some] for some in parts)
+        if not new or any(new & some for some in times):  # or nobody knows which took how much
             continue
-        if left > 1e-6:
-            seconds, device = seconds + left, r.device
-        else:  # nobody trained them here
-            untimed |= new
-        # The first has the time of all that are new; their sum is what counts.
-        known |= {one: max(left, 0.0) if one == min(new) else 0.0 for one in new}
-        extra |= new - trained
-    if not extra:
-        return []
-    return [{"part": TEACHERS, "what": "that are no rows", "device": device,
-             "networks": len(extra), "seconds": seconds if seconds else None,
-             "untimed": len(untimed)}]
+        times[new] = max(left, 0.0)
+        if left > 1e-6:  # else nobody trained them here
+            mine = line(r.device, len(new))
+            mine["seconds"] = mine.get("seconds", 0.0) + left
+            timed |= new
+    untimed = given.union(*taught) - rows - timed
+    if untimed:
+        line("", len(untimed))["untimed"] = len(untimed)
+    return list(lines.values())
 
 
 def _attacks(records: Sequence[Record]) -> list[Line]:
     """One for each attack and device. Points of the accuracy-over-eps figure are apart."""
     found: dict[tuple[str, str], list[Record]] = {}
-    for r in records:
+    for r in measurements(records):
         what = r.attack + (" over eps" if r.role == "curve" else "")
         found.setdefault((what, r.device), []).append(r)
     return [{

@@ -7,7 +7,8 @@ than on its own is no more robust for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import pandas as pd
@@ -18,7 +19,15 @@ from robench.reports.heatmap import heat_map
 from robench.reports.record import Crossing, Shown
 from robench.reports.store import Results
 from robench.reports.style import Drawing, Looks
-from robench.reports.surveys import Net, grouped, net_names, net_of, survey_labels
+from robench.reports.surveys import (
+    Names,
+    Net,
+    another,
+    grouped,
+    net_names,
+    net_of,
+    survey_labels,
+)
 from robench.reports.text import NOTHING, Board, Cell, Column, percent
 from robench.reports.uncertainty import estimate
 
@@ -51,14 +60,13 @@ def crossing(results: Results) -> pd.DataFrame:
     groups = grouped(results.crossings, _setting, results.records)
     lines = []
     for number, (setting, nets) in enumerate(groups.items(), start=1):
-        places = {(one.seed, one.weights_sha256): net for net, some in nets.items()
-                  for one in some}
+        places = _places(nets, labels)
         pairs: dict[tuple[Net, Net], list[tuple[Crossing, Shown]]] = {}
         for net, some in nets.items():
             for one in some:
                 for shown in one.shown:
-                    known = places.get((shown.seed, shown.weights_sha256))
-                    pairs.setdefault((net, known or net_of(shown, labels)), []).append((one, shown))
+                    target = places[shown.seed, shown.weights_sha256]
+                    pairs.setdefault((net, target), []).append((one, shown))
         names = net_names(dict.fromkeys(net for pair in pairs for net in pair))
         for (source, target), found in sorted(
                 pairs.items(), key=lambda pair: [names[net] for net in pair[0]]):
@@ -74,6 +82,24 @@ def crossing(results: Results) -> pd.DataFrame:
                 "clean": 100 * clean / (n * len(found)), "n": n,
             })
     return make_frame(lines, COLUMNS)
+
+
+def _places(nets: Mapping[Net, Sequence[Crossing]], labels: Names) -> dict[tuple[int, str], Net]:
+    """The networks that were attacked or shown, by seed and weights.
+
+    As in `grouped` the one seen last stands for its seed, unless another of it was attacked.
+    """
+    places = {(one.seed, one.weights_sha256): net for net, some in nets.items() for one in some}
+    taken = {(net, seed) for (seed, _), net in places.items()}
+    for one in sorted(chain(*nets.values()), key=lambda one: one.created, reverse=True):
+        for shown in one.shown:
+            if (shown.seed, shown.weights_sha256) not in places:
+                net = net_of(shown, labels)
+                if (net, shown.seed) in taken:
+                    net = another(net, shown)
+                taken.add((net, shown.seed))
+                places[shown.seed, shown.weights_sha256] = net
+    return places
 
 
 def crossing_boards(results: Results) -> list[Board]:

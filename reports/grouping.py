@@ -30,6 +30,11 @@ class Key(NamedTuple):
     options: str  # of the defense, as JSON
     checkpoint: str
 
+    @property
+    def trained_at(self) -> str:
+        """The threat model of the training; "" of a network from outside."""
+        return trained_at(self.options)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -111,6 +116,11 @@ def canonical(options: Mapping[str, Any]) -> str:
 def defense_options(config: Mapping[str, Any]) -> str:
     """`canonical` of a `defense_config`, whichever version wrote it (see `later`)."""
     return canonical(earlier_defense(config))
+
+
+def trained_at(options: str) -> str:
+    """The threat model of a training with these `defense_options`; "" where they do not say."""
+    return str(json.loads(options).get("threat") or "")
 
 
 def attack_options(config: Mapping[str, Any]) -> str:

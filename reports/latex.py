@@ -10,8 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from robench.reports.embed import condensed
-from robench.reports.text import Board, Cell, Column
+from robench.reports.text import Board, Cell, Column, condensed
 
 PREAMBLE = r"\usepackage{booktabs,graphicx}"
 _HEAD = f"""\

@@ -11,6 +11,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from robench.reports.columns import mark
+from robench.reports.cost import measurements
 from robench.reports.grouping import canonical
 from robench.reports.record import Record, Transfer
 from robench.reports.runs import run_labels
@@ -43,7 +44,7 @@ def _in_short(records: Sequence[Record]) -> Board:
         "Records": f"{len(records):,}, of which "
                    f"{sum(r.status == 'failed' for r in records):,} failed",
         "Trainings": f"{len(trained):,}, {duration(sum(seconds for _, seconds in trained))} in all",
-        "Evaluation": f"{duration(sum(r.seconds for r in records))} in all",
+        "Evaluation": f"{duration(sum(r.seconds for r in measurements(records)))} in all",
         "Measured (UTC)": " to ".join(day[:16].replace("T", " ") for day in (days[0], days[-1])),
         "Seeds": ", ".join(map(str, sorted({r.seed for r in records}))),
         "robench": _list(r.robench for r in records),

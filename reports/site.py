@@ -11,9 +11,9 @@ from robench.files import write_atomic
 from robench.reports import tables
 from robench.reports.analyses import LEGEND
 from robench.reports.boards import leaderboards
-from robench.reports.embed import condensed
 from robench.reports.page import Section, page, rendered, summary
 from robench.reports.store import RECORDS, load
+from robench.reports.text import condensed
 
 INDEX = "index.html"
 

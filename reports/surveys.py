@@ -43,9 +43,14 @@ def grouped(
     return {key: dict(_apart(nets)) for key, nets in groups.items()}
 
 
-def net_of(network: Network, labels: Names, source: str = "") -> Net:
+def net_of(network: Network, labels: Names) -> Net:
     return Net(labels[identity(network)], defense_options(network.defense_config), network.model,
-               network.recipe, network.checkpoint, network.selection, source)
+               network.recipe, network.checkpoint, network.selection, "")
+
+
+def another(net: Net, network: Network) -> Net:
+    """For a network of a seed of which there is one already: told apart by where it came from."""
+    return net._replace(source=f"{network.source} {network.weights_sha256[:12]}")
 
 
 def net_names(nets: Iterable[Net]) -> dict[Net, str]:
@@ -77,5 +82,4 @@ def _apart(nets: Mapping[Net, list[S]]) -> Iterable[tuple[Net, list[S]]]:
         networks = {(one.seed, one.weights_sha256): one for one in by_age}
         kept, others = newest(networks.values())
         yield net, kept
-        yield from ((net._replace(source=f"{one.source} {one.weights_sha256[:12]}"), [one])
-                    for one in others)
+        yield from ((another(net, one), [one]) for one in others)

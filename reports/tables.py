@@ -28,7 +28,7 @@ from robench.reports.columns import (
 from robench.reports.compare import difference, find_baseline, robust_mean, strongest
 from robench.reports.grouping import Row, groups, rows
 from robench.reports.record import Epoch, Record, Transfer
-from robench.reports.runs import run_labels
+from robench.reports.runs import run_labels, trainings
 
 DELTA = ("delta", "delta_p", "delta_to", "delta_attack")
 ROB_F = ("dataset", "recipe", "model", "defense", "label", "checkpoint", "selection", "seed",
@@ -100,7 +100,7 @@ def rob_f(transfers: Sequence[Transfer], records: Sequence[Record] = ()) -> pd.D
 
 
 def rob_f_training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
-    """`rob_f` on the selection split after each epoch, one row per network f, epoch and run."""
+    """`rob_f` on the selection split: one row per network f, epoch and training."""
     labels = run_labels(records, epochs)
     lines = [
         {
@@ -111,13 +111,14 @@ def rob_f_training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> p
             "rob_f_self": 100 * own,
             "rob_f_student": 100 * students,
         }
-        for e in epochs for network, (own, students) in e.rob_f.items()
+        for one in trainings(epochs) for e in one.epochs
+        for network, (own, students) in e.rob_f.items()
     ]
     return make_frame(lines, ROB_F_TRAINING)
 
 
 def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.DataFrame:
-    """One row per epoch and training run, accuracies in percent.
+    """One row per epoch and training (see `runs.trainings`), accuracies in percent.
 
     `loss` is the total; <a>_clean and <a>_robust are those of averaged weights (swa, ema), missing
     where there are none yet. Labels are those of the `records` of the same runs.
@@ -134,7 +135,7 @@ def training(epochs: Sequence[Epoch], records: Sequence[Record] = ()) -> pd.Data
             **{f"{name}_{what}": _percent(value) for name, pair in e.averages.items()
                for what, value in zip(("clean", "robust"), pair, strict=True)},
         }
-        for e in epochs
+        for one in trainings(epochs) for e in one.epochs
     ]
     averages = sorted({name for line in lines for name in line} - {*TRAINING, "loss"})
     return make_frame(lines, (*TRAINING, "loss", *averages))

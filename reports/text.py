@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NOTHING = "–"
 TITLES = {"clean": "Clean", "fgsm": "FGSM", "pgd-20": "PGD-20", "cw": "CW",
@@ -157,3 +157,18 @@ def _aligned(column: Column, with_details: bool) -> list[str]:
     if column.words:
         return [title.ljust(width), ":" + "-" * (width - 1), *(c.ljust(width) for c in cells)]
     return [title.rjust(width), "-" * (width - 1) + ":", *(c.rjust(width) for c in cells)]
+
+
+def condensed(board: Board) -> Board:
+    """Columns that say the same in every row become a fact above the table, and one that repeats
+    the column by which the table is ranked is left out."""
+    lead = next((column for column in board.columns if column.title == board.lead), None)
+    columns, same = [], []
+    for column in board.columns:
+        texts = [cell.text for cell in column.cells]
+        if len(texts) > 1 and len(set(texts)) == 1 and column is not lead:
+            same.append(f"{column.title}: {texts[0]}")
+        elif lead is None or column is lead or texts != [cell.text for cell in lead.cells]:
+            columns.append(column)
+    facts = (*board.facts, ", ".join(same)) if same else board.facts
+    return replace(board, columns=tuple(columns), facts=facts)

@@ -160,4 +160,6 @@ def test_union_wants_different_threat_models():
         make_attack("union", LINF, also="Linf:8")
     with pytest.raises(UsageError, match="not different"):
         make_attack("union", LINF, also="L2:0.5+L2:0.5")
+    with pytest.raises(UsageError, match="eps is above 0"):  # in the search it divides by it
+        make_attack("union", LINF, also="L2:0.5+L1:0")
     assert make_attack("union", ThreatModel("L2", 0.5)).others == (ThreatModel("L1", 12.0),)

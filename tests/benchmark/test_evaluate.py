@@ -431,6 +431,18 @@ def test_it_is_remarked_when_square_finds_what_gradients_do_not():
     share = f"{100 * (m.breakers['square'] - 4) / 20:.1f} %"  # 4 may be chance
     assert f"Square, which uses no gradients, broke {share} of the images" in note
     assert m.breakers["square"] > 10
+    both = measure(Target(rounded, Images(x, rounded(x).argmax(1))),
+                   AttackSpec.parse("union,also=L2:0.1"), ThreatModel("Linf", 0.15))
+    assert [note for note in both.notes if note.startswith("masking")] == [note]
+
+
+def test_the_unit_of_every_threat_model_of_a_union_is_checked(model, data):
+    def units(also):
+        m = measure(Target(model, data.take(2)), AttackSpec.parse(f"union,also={also}"),
+                    ThreatModel("Linf", 0.02))
+        return [note for note in m.notes if note.startswith("eps-unit")]
+
+    assert units("L2:0.2") == [] and len(units("L2:0.2+L1:255")) == 1
 
 
 def test_where_no_image_is_right_the_pool_has_nothing_to_do(model, data):

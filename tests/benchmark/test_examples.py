@@ -62,6 +62,18 @@ def test_examples_are_kept_and_verified_again(weights, kept, capsys):
     assert f"of {fell} examples fool it" in capsys.readouterr().out
 
 
+def test_examples_of_another_threat_model_are_refused(weights, kept, tmp_path, capsys):
+    """Whether an option names it or a file; the file of examples says what is true."""
+    verify = ("verify", weights / "first.pt", "--examples", kept[1], *COMMON)
+    with pytest.raises(UsageError, match="holds examples at Linf:0.1, not at L2:0.5: leave"):
+        robench(*verify, "--threat", "L2:0.5")
+    config = tmp_path / "eval.yaml"
+    config.write_text("threat: [L2:0.5, linf:1/10]\n")
+    for same in (("--threat", "Linf:1e-1"), ("--config", config)):
+        robench(*verify, *same)
+        assert "0 are outside Linf:0.1" in capsys.readouterr().out
+
+
 def test_they_are_replayed_before_the_attack_and_tables_say_so(weights, kept, tmp_path):
     out, file = kept
     robench("eval", weights / "first.pt", *COMMON, *ATTACK, "--replay", file, "--out", tmp_path)

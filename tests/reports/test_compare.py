@@ -83,6 +83,18 @@ def test_a_trained_network_is_compared_with_its_like_only(make_record):
     assert find_baseline(released[1], released).key.defense == "a"
 
 
+def test_a_baseline_was_trained_at_the_same_threat_model(make_record):
+    def at(threat, **changes):
+        return make_record(**{"defense_config": {"threat": threat}, **changes})
+
+    linf, l2 = at("Linf:8/255", defense="a", baseline=True), at("L2:0.5", defense="b")
+    table = rows([linf, at("L2:0.5", defense="a", baseline=True), l2])
+    assert find_baseline(table[2], table) is table[1]
+    assert find_baseline(table[2], [table[0], table[2]]) is None
+    released = rows([r.model_copy(update={"recipe": "as-released"}) for r in (linf, l2)])
+    assert find_baseline(released[1], released) is released[0]  # each method has its own eps
+
+
 def test_of_networks_from_outside_the_first_baseline_of_the_same_model_is_taken(make_record):
     table = rows([make_record(source="x", defense="a", model="wrn", baseline=True),
                   make_record(source="y", defense="b", baseline=True),

@@ -5,6 +5,7 @@ import pytest
 
 from robench.reports import Results, save
 from robench.reports.cost import cost, cost_boards, in_words
+from robench.reports.provenance import provenance
 from robench.reports.text import markdown
 
 
@@ -64,6 +65,19 @@ def test_attacks_are_added_up(trained):
     assert (cw["forwards"], cw["uncounted"], cw["untimed"]) == (3000, 0, 0)
 
 
+def test_a_measurement_counts_once_whatever_it_is_a_row_of(make_record):
+    """The best epoch was the last: one network, attacked once, under two names."""
+    one = make_record(attack="pgd-20", n_correct=100, forwards=2.0, backwards=1.0, seconds=5.0)
+    twin = one.model_copy(update={"checkpoint": "last", "ranked": False})
+    again = one.model_copy(update={"created": "2026-11-21T10:00:00+00:00"})
+    point = one.model_copy(update={"role": "curve"})
+    (line,) = of(cost(Results([one, twin, again, point])), "attacks")
+    assert (line["measured"], line["seconds"], line["forwards"]) == (2, 10.0, 400)
+    facts = dict(zip(*([cell.text for cell in column.cells]
+                       for column in provenance([one, twin])[0].columns), strict=True))
+    assert facts["Evaluation"] == "5 s in all"
+
+
 def test_what_was_not_counted_is_not_nothing(make_record):
     known = dict(attack="cw", n_correct=100, seconds=1.0)
     frame = cost(Results([
@@ -115,6 +129,38 @@ def test_a_teacher_that_is_a_row_is_no_cost_of_its_own(trained):
     assert teachers([*trained("t"), *trained("a", **taught)]) == []
     both = dict(teacher_seconds=130.0, teacher_sha256={"robust": "t", "natural": "u"})
     assert teachers([*trained("t"), *trained("a", **both)]) == [(1, 30.0, 0)]
+
+
+def test_teachers_belong_to_the_devices_of_their_students(trained):
+    frame = cost(Results([
+        *trained("a", teacher_seconds=40.0, teacher_sha256={"teacher": "t"}),
+        *trained("b", teacher_seconds=5.0, teacher_sha256={"teacher": "u"}, device="cuda: X")]))
+    found = {line["device"]: (line["networks"], line["seconds"]) for line in of(frame, "teachers")}
+    assert found == {"cpu": (1, 40.0), "cuda: X": (1, 5.0)}
+
+
+@pytest.mark.parametrize("other", ["s", "u"])  # the order of names decides nothing
+def test_of_a_sum_nobody_knows_the_parts(trained, other):
+    """One network in the company of two others: its time is in the first sum already."""
+    def taught(one):
+        return dict(teacher_seconds=55.0, teacher_sha256={"robust": one, "natural": "t"})
+
+    both = [*trained("a", **taught("r")), *trained("b", **taught(other))]
+    assert teachers(both)[:1] == [(2, 55.0, 0)]
+    assert [untimed for *_, untimed in teachers(both)] == [0, 1]
+    alone = trained("c", teacher_seconds=15.0, teacher_sha256={"helper": "t"})
+    assert teachers([*both, *alone]) == [(3, 95.0, 0)]
+
+
+def test_a_teacher_that_was_brought_is_no_part_of_the_time(trained):
+    def taught(seed, **changes):
+        return trained(f"a{seed}", seed=seed, teacher_seconds=30.0,
+                       defense_config={"teachers": {"teacher": "t"}},
+                       teacher_sha256={"teacher": "t", "natural": f"n{seed}"}, **changes)
+
+    (timed, untimed) = teachers([*taught(0), *taught(1)])
+    assert timed == (2, 60.0, 0) and untimed[::2] == (1, 1)
+    assert teachers([*taught(0), *taught(1), *trained("t")]) == [(2, 60.0, 0)]  # a row
 
 
 def test_a_teacher_from_outside_has_no_known_training(trained):

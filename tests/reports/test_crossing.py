@@ -61,6 +61,24 @@ def test_two_networks_of_one_seed_are_told_apart(make_crossings):
         *"ab", *(f"{name} (source={name}0 {name}0)" for name in "ab")}
 
 
+def test_networks_that_were_only_shown_are_told_apart(make_crossings):
+    """Two of one seed and one name, one after the other: neither is a second seed of the other."""
+    (one,) = make_crossings({"a": {"a": 100, "b": 300}})
+    own, b = one.shown
+    again = b.model_copy(update={"weights_sha256": "again", "source": "again", "right": 100})
+    both = one.model_copy(update={"shown": (own, b, again)})
+    (later,) = make_crossings({"a": {"a": 120, "b": 200}}, seed=1)
+    frame = crossing(Results(crossings=[both, later]))
+    found = {line["evaluated_on"]: (line["seeds"], line["accuracy"])
+             for line in frame.to_dict("records")}
+    assert found == {"a": (2, pytest.approx(27.5)), "b": (2, 62.5),
+                     "b (source=again again)": (1, 25)}
+    # of one name with the network that was attacked
+    twin = own.model_copy(update={"weights_sha256": "twin", "source": "twin", "right": 400})
+    frame = crossing(Results(crossings=[one.model_copy(update={"shown": (own, twin)})]))
+    assert matrix(frame) == {("a", "a"): 25, ("a", "a (source=twin twin)"): 100}
+
+
 def test_another_network_of_a_seed_leaves_the_seeds_together(make_steps):
     seeds = [make_steps(seed=seed, weights_sha256=str(seed)) for seed in range(3)]
     extra = make_steps(weights_sha256="old", created="2026-11-01T10:00:00+00:00",

@@ -4,8 +4,9 @@ import pytest
 
 from robench.errors import UsageError
 from robench.reports import Results, save
-from robench.reports.embed import condensed, embed, embedded
-from robench.reports.text import Board, Cell, Column
+from robench.reports.analyses import ANALYSES
+from robench.reports.embed import embed, embedded
+from robench.reports.text import Board, Cell, Column, condensed
 
 MARKED = "# Title\n\n<!-- robench: run leaderboard -->\n{}<!-- /robench -->\n\nAnd more.\n"
 
@@ -33,7 +34,8 @@ def test_the_table_of_the_run_takes_the_place_of_what_was_there(file):
 
 
 @pytest.mark.parametrize(("mark", "words"), [
-    ("run leader", "no table 'leader'"), ("elsewhere leaderboard", "no results.jsonl"),
+    ("run leader", "unknown analysis 'leader'.*Did you mean: leaderboard"),
+    ("elsewhere leaderboard", "no results.jsonl"),
 ])
 def test_a_wrong_mark_is_named_and_the_file_stays(file, mark, words):
     text = MARKED.format("old\n").replace("run leaderboard", mark)
@@ -53,9 +55,24 @@ def test_a_file_without_a_mark_is_refused(tmp_path, text):
 
 
 def test_two_tables_of_one_file(file):
-    text = MARKED.format("") + MARKED.format("").replace("leaderboard", "rob_f")
+    text = MARKED.format("") + MARKED.format("").replace("leaderboard", "rob-f")
     made, count = embedded(text, file.parent)
     assert count == 2 and made.count("<!-- /robench -->") == 2 and made.count("| trades") == 1
+
+
+def test_every_analysis_can_be_embedded(file):
+    for name in ANALYSES:
+        _, count = embedded(MARKED.format("").replace("leaderboard", name), file.parent)
+        assert count == 1
+
+
+def test_of_several_seeds_a_file_has_the_means(make_transfer, tmp_path):
+    several = [make_transfer(seed=seed, run=str(seed), network=name)
+               for seed in (0, 1) for name in ("student", "peer")]
+    save(tmp_path / "run", Results(transfers=several))
+    made, _ = embedded(MARKED.format("").replace("leaderboard", "rob-f"), tmp_path)
+    assert made.count("**digits, ") == 1 and ": means over seeds**" in made
+    assert ANALYSES["rob-f"].text(Results(transfers=several)).count("## digits, ") == 2
 
 
 def test_what_all_rows_share_is_said_once():

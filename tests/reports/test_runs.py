@@ -6,7 +6,7 @@ from robench.reports import Results
 from robench.reports.drawings import draw_rob_f, draw_rob_f_training, draw_training
 from robench.reports.gallery import looks_of
 from robench.reports.runs import panels, trainings
-from robench.reports.tables import rob_f
+from robench.reports.tables import rob_f, rob_f_training, training
 
 KNOWN = {"threat": "Linf:8/255", "attack": "pgd-10", "attack_config": {"steps": 10}, "n": 500,
          "data_sha256": "d" * 64, "settings": "s1"}
@@ -72,6 +72,16 @@ def test_one_training_in_an_old_and_a_new_file_is_one(train, make_epoch):
         assert list(one.epochs) == new
     again = trainings(old + train(0.9, **dict.fromkeys(("threat", "attack", "settings"), "")))
     assert [[epoch.epoch for epoch in one.epochs] for one in again] == [[0, 1, 2]] * 2
+
+
+def test_one_training_in_an_old_and_a_new_file_is_listed_once(train, make_epoch):
+    new = train(0.5, created="2026-11-20")
+    old = [make_epoch(**epoch.model_dump(exclude={*KNOWN, "created"})) for epoch in new]
+    for table in (training, rob_f_training):
+        once = table(new)
+        assert list(once["epoch"]) == [0, 1, 2]
+        assert table(old + new).equals(once) and table(new + old).equals(once)
+        assert list(table(new + train(0.9))["epoch"]) == [0, 1, 2] * 2  # on another machine
 
 
 # Rob_f

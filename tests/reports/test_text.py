@@ -3,8 +3,8 @@ import math
 import pytest
 
 from robench.reports import Results, summary
-from robench.reports.boards import leaderboards
-from robench.reports.tables import leaderboard
+from robench.reports.boards import checkpoint_boards, leaderboards
+from robench.reports.tables import from_csv, leaderboard, other_checkpoints, to_csv
 from robench.reports.text import Board, Cell, Column, accuracy, count, duration, markdown, points
 
 HOSTILE = "<img src=x onerror=alert(1)> | `rm` *b*\nnew & line"
@@ -60,6 +60,33 @@ def test_columns_appear_only_where_rows_differ(make_record):
     titles = [column.title for column in board.columns]
     assert "Model" in titles and "Recipe" not in titles
     assert any("Recipe: unified" in fact for fact in board.facts)
+
+
+def test_a_training_at_another_threat_model_is_a_column(make_record):
+    def trained(name, at, **changes):
+        return make_record(defense=name, defense_config={"threat": at} if at else {}, **changes)
+
+    def said(*records):
+        """defense -> trained at, of the leaderboard under Linf:8/255 and of the unranked."""
+        boards = [*leaderboards(leaderboard(records)),
+                  *checkpoint_boards(other_checkpoints(records))]
+        return [dict(zip(*([cell.text for cell in column.cells] for column in board.columns
+                           if column.title in ("Defense", "Trained at")), strict=True))
+                if any(column.title == "Trained at" for column in board.columns) else None
+                for board in boards]
+
+    alike = trained("a", "Linf:8/255"), trained("net.pt", None, source="net.pt")
+    assert said(*alike) == [None]
+    natural = trained("standard", "L2:0.5")  # no attack was in it
+    assert said(*alike, natural) == [None]
+    assert said(*alike, natural, trained("b", "L2:0.5")) == [
+        {"a": "Linf:8/255", "b": "L2:0.5", "net.pt": "–", "standard": "–"}]
+    assert said(trained("a", "Linf:8/255", threat="Linf:8/255+L2:0.5")) == [{"a": "Linf:8/255"}]
+    assert said(trained("b", "L2:0.5", ranked=False)) == [{"b": "L2:0.5"}]
+    # files say it in the options
+    read = from_csv(to_csv(leaderboard([trained("b", "L2:0.5")])))
+    assert leaderboards(read)[0].columns == leaderboards(
+        leaderboard([trained("b", "L2:0.5")]))[0].columns
 
 
 def test_failures_notes_and_test_selection_reach_the_reader(make_record):
