@@ -27,6 +27,8 @@ from robench.benchmark.spec import RunSpec
 from robench.errors import UsageError
 from robench.reports.store import load
 
+from .kills import living, until
+
 SRC = Path(__file__).parents[2] / "src"
 CLOCK = {"created", "seconds", "train_seconds", "teacher_seconds", "peak_bytes"}
 CLUSTER = """
@@ -85,14 +87,6 @@ def finish(process):
     return err
 
 
-def until(condition, process, seconds=900):
-    last = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < last
-        time.sleep(0.02)
-
-
 def tree(pid):
     """A process and all that it started."""
     children = set()
@@ -100,13 +94,6 @@ def tree(pid):
         with contextlib.suppress(OSError):
             children.update(map(int, tasks.read_text().split()))
     return {pid}.union(*map(tree, children))
-
-
-def living(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
