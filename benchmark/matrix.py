@@ -32,7 +32,7 @@ from robench.benchmark.kept import (
 )
 from robench.benchmark.parts import Part, attack_part
 from robench.benchmark.progress import Reporter
-from robench.benchmark.provenance import environment, peak_bytes
+from robench.benchmark.provenance import environment, environments, peak_bytes
 from robench.benchmark.result import Result
 from robench.benchmark.robf import cell_transfers
 from robench.benchmark.sources import Network, load_network, pick_device
@@ -299,10 +299,9 @@ class Matrix:
         spans = self.share.spans(spec, threat, len(self.test))
         if len(spans) > 1:
             parts = [self._part(subject, pair, seed, span) for span in spans]
-            made = dict(parts[0][1])  # of one kind of machine and number of threads
-            for name in ("created", "peak_bytes"):
-                made[name] = max(machine[name] for _, machine in parts)
-            return merged(target, spec, threat, [part for part, _ in parts]), made
+            made, notes = environments([machine for _, machine in parts])
+            m = merged(target, spec, threat, [part for part, _ in parts])
+            return replace(m, notes=(*m.notes, *notes)), made
         self.measured += 1
         with self.reporter.task(f"{subject.label}: {spec.label} at {threat}") as update:
             m = measure(target, spec, threat, seed=seed,

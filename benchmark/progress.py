@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from robench.defenses.trainer import EpochLog, Watcher
 
+FINISHED_BARS = 8  # that are shown beside those of tasks that run
 QUIET_SECONDS = 15.0  # between two lines of one task where there is no terminal
 Update = Callable[[float, str], None]  # share done in [0, 1], metrics as text
 Message = tuple[str, Any, Any, Any]
@@ -83,10 +84,13 @@ class Reporter:
             yield lambda share, text: self._bars.update(task, completed=share, metrics=text)
         finally:
             self._bars.stop_task(task)
-            if all(t.finished or t.stop_time is not None for t in self._bars.tasks):
+            ended = [t.id for t in self._bars.tasks if t.finished or t.stop_time is not None]
+            if len(ended) == len(self._bars.tasks):
                 self._bars.stop()  # leaves the bars on the screen
-                for old in self._bars.task_ids:
-                    self._bars.remove_task(old)
+            else:  # many workers may have thousands, and a screen has few lines
+                ended = ended[:-FINISHED_BARS]
+            for old in ended:
+                self._bars.remove_task(old)
 
     @contextmanager
     def _lines(self, label: str) -> Iterator[Update]:
@@ -119,6 +123,7 @@ class Reporter:
                 updates[key](*content)
             elif kind == "close":
                 tasks.pop(key).close()
+                del updates[key]
             elif kind == "say":
                 self.say(content[0])
             elif content[0] not in said:  # several workers may look at one network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -64,3 +65,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "peak_bytes": peak_bytes(device),
     }
+
+
+def environments(made: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """One `environment` for what several processes made, and a note where they were unlike: the
+    last bits of `exact` depend on the device and the threads."""
+    notes = []
+    for name in ("device", "threads", "torch", "robench"):
+        values = sorted({str(one[name]) for one in made})
+        if len(values) > 1:
+            notes.append(f"shards: not all were made with the same {name}: {', '.join(values)}")
+    latest = {name: max(one[name] for one in made) for name in ("created", "peak_bytes")}
+    return {**made[0], **latest}, tuple(notes)

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from robench.benchmark.executors import Request, share_of, using
@@ -123,19 +124,13 @@ def _executors(spec: RunSpec, tasks: int, reporter: Reporter) -> list[Contender]
         outcomes = [worker.do(one) for one in copies(number)]
         return checked(sum(one.measured + (not one.done) for one in outcomes))
 
-    def local(number: int) -> int:
-        from robench.benchmark.executors.local import work_ahead
+    def ahead(executor: str, number: int) -> int:
+        module = importlib.import_module(f"robench.benchmark.executors.{executor}")
+        return checked(module.work_ahead(request, copies(number), Reporter(quiet=True)))
 
-        return checked(work_ahead(request, copies(number), Reporter(quiet=True)))
-
-    def ray(number: int) -> int:
-        from robench.benchmark.executors.ray import work_ahead
-
-        return checked(work_ahead(request, copies(number), Reporter(quiet=True)))
-
-    runs: dict[str, Run] = {"this process": here, "local": local}
+    runs: dict[str, Run] = {"this process": here, "local": partial(ahead, "local")}
     if importlib.util.find_spec("ray") is not None:
-        runs["ray"] = ray
+        runs["ray"] = partial(ahead, "ray")
     else:
         reporter.warn('Ray is not installed and not measured: pip install "robench[ray]"')
     numbers = tuple(sorted({1, max(2, tasks // 4), max(2, tasks // 2), tasks}))

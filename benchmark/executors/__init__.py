@@ -42,7 +42,9 @@ class Request:
 
 def threads_of(spec: RunSpec) -> int:
     """Threads of torch in each process: the same for every executor."""
-    named = spec.threads or int(os.environ.get("OMP_NUM_THREADS", 0))
+    # OpenMP allows "4,2", for threads within threads.
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    named = spec.threads or (int(variable) if variable.isdecimal() else 0)
     return named or max(1, cores() // spec.jobs)
 
 
@@ -59,9 +61,12 @@ def using(spec: RunSpec) -> Iterator[None]:
 
 
 def check_executor(spec: RunSpec) -> None:
-    """Raises UsageError where the executor is not there."""
+    """Raises UsageError where the executor is not there, or not for this request."""
     if spec.executor == "ray" and importlib.util.find_spec("ray") is None:
         raise UsageError('--executor ray needs Ray: pip install "robench[ray]"')
+    if spec.executor == "ray" and ":" in spec.device:
+        raise UsageError(f"--device {spec.device}: Ray chooses the GPU of every task; write "
+                         f"--device {spec.device.partition(':')[0]}")
     if spec.executor != "ray" and spec.ray_address is not None:
         raise UsageError("--ray-address is for --executor ray")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from robench.files import LOCK
 RETRIES = 5  # of a task whose machine, or process, is lost
 PATIENCE = 10.0  # seconds that tasks have for the step they are at when they are told to end
 STORE = 100 * 2**20  # bytes for objects: results are a few numbers, images go by files
-_worker: tuple[Request, Worker] | None = None  # of this process
+_worker: tuple[Request, str, Worker] | None = None  # of this process, and its GPU
 
 
 def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> int:
@@ -35,6 +36,7 @@ def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> i
     ray: Any = importlib.import_module("ray")
     refs: dict[str, Any] = {}
     with _joined(ray, request), _relayed(ray, reporter) as messages:
+        _check_room(ray, tasks[0], reporter)
         # Without max_calls a process would end after every task that had a GPU.
         remote = ray.remote(max_calls=0, max_retries=RETRIES)(_perform)
         for task in urgent_first(tasks):
@@ -42,6 +44,17 @@ def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> i
                 name=task.label, num_cpus=task.threads, num_gpus=task.gpu,
             ).remote(request, task, messages, os.getcwd(), *(refs[key] for key in task.needs))
         return _finished(ray, list(refs.values()))
+
+
+def _check_room(ray: Any, task: Task, reporter: Reporter) -> None:
+    """Ray waits without a word for what no machine has: another one may join."""
+    wanted = {"CPU": task.threads, "GPU": task.gpu}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(machine.get(kind, 0) >= number for kind, number in wanted.items())
+               for machine in machines):
+        reporter.warn(f"no machine of this Ray has {task.threads} CPUs and {task.gpu:g} GPUs, "
+                      "which every task asks for (--threads, --gpus-per-task): they wait for one "
+                      "to join")
 
 
 def _finished(ray: Any, left: list[Any]) -> int:
@@ -86,7 +99,10 @@ def _joined(ray: Any, request: Request) -> Iterator[None]:
     try:
         ray.init(**options)
     except Exception as error:  # of all kinds, without a common one
-        raise UsageError(f"there is no Ray at {options['address']} ({one_line(error)})") from None
+        if spec.ray_address is None:
+            raise RobenchError("Ray did not start on this machine, which may be busy: run it again "
+                               f"({one_line(error)})") from None
+        raise UsageError(f"there is no Ray at {spec.ray_address} ({one_line(error)})") from None
     try:
         _restore(before)  # which Ray replaces
         yield
@@ -149,7 +165,9 @@ def _perform(
     global _worker
     if not all(outcome.done for outcome in before):
         return Outcome(0, False)
-    if _worker is None or _worker[0] != request:
+    gpu = _choose_gpu(importlib.import_module("ray").get_gpu_ids())
+    if _worker is None or _worker[:2] != (request, gpu):
+        _worker = None  # before the next one takes memory
         out = request.specs[0].out
         try:
             os.chdir(folder)
@@ -160,5 +178,22 @@ def _perform(
             raise RobenchError(f"{out} in {folder} is not shared with the other machines: name a "
                                "folder that all of them see with --out, and start robench in one")
         torch.set_num_threads(task.threads)  # whatever the variables here say
-        _worker = request, Worker(request, Remote(messages))
-    return _worker[1].do(task)
+        _worker = request, gpu, Worker(request, Remote(messages))
+    try:
+        return _worker[2].do(task)
+    except RobenchError as error:
+        raise RobenchError(f"{platform.node()}: {error}") from None
+
+
+def _choose_gpu(given: Sequence[int | str]) -> str:
+    """Make the GPU that Ray gives to a task the one of torch; its name, "" for none.
+
+    Ray names it in CUDA_VISIBLE_DEVICES, which CUDA reads once, and may give another one to the
+    next task of the same process. So all are visible, by the numbers that Ray uses.
+    """
+    name = str(given[0]) if given else ""
+    if name.isdecimal():  # not the name of a slice, which has no number
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(name))
+    return name

@@ -11,7 +11,7 @@ from robench.benchmark.graph import Task, pairs
 from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import load_network
-from robench.errors import RobenchError
+from robench.errors import DiskError, RobenchError
 
 
 class Outcome(NamedTuple):
@@ -30,17 +30,24 @@ class Worker:
         self._subject: tuple[Task, Subject] | None = None
 
     def do(self, task: Task) -> Outcome:
-        """Leave the task's file. What fails is left to the parent, who will say so."""
+        """Leave the task's file. A training or a network that fails is left to the parent, who
+        will say so.
+
+        Raises RobenchError where the parent had no trouble, so that this machine has: it would
+        fail at every task it is given. DiskError: nothing could be kept from here on.
+        """
+        matrix, cells = self._open(task.run)
+        before = matrix.measured
         try:
-            matrix, cells = self._open(task.run)
-            before = matrix.measured
             if task.kind == "train":
                 matrix.train(cells[task.owner])
             elif task.kind == "transfer":
                 matrix.transfers(cells[task.owner])
             else:
                 self._attack(matrix, cells.get(task.owner), task)
-        except RobenchError:
+        except RobenchError as error:
+            if isinstance(error, DiskError) or self._request.sources:
+                raise
             return Outcome(0, False)
         return Outcome(matrix.measured - before, True)
 

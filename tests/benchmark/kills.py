@@ -1,4 +1,5 @@
-"""kill -9 at random moments, until enough of them ended a process that was at its files."""
+"""Processes that are waited for, and ended: kill -9 at random moments, until enough of them ended
+one that was at its files."""
 
 import random
 import signal
@@ -10,6 +11,22 @@ from subprocess import Popen
 from robench.files import LOCK
 
 PATIENCE = 1200  # seconds for the first file, or for the end: the machine may be busy with others
+
+
+def until(condition: Callable[[], object], process: Popen[str], seconds: float = 900) -> None:
+    """Wait for something that a process does."""
+    last = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def written(folder: Path) -> dict[Path, tuple[int, int, int]]:

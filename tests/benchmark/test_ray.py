@@ -14,15 +14,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from robench.benchmark.executors import check_executor
 from robench.benchmark.executors import ray as ray_executor
+from robench.benchmark.graph import Task
 from robench.benchmark.progress import Reporter
 from robench.benchmark.spec import RunSpec
 from robench.errors import UsageError
 from robench.reports.store import load
+
+from .kills import living, until
 
 SRC = Path(__file__).parents[2] / "src"
 CLOCK = {"created", "seconds", "train_seconds", "teacher_seconds", "peak_bytes"}
@@ -30,14 +35,16 @@ CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 
+nodes, each = json.loads(sys.argv[1])
+
 small = {"object_store_memory": 80 * 2**20}
 cluster = Cluster(initialize_head=True, head_node_args={
     **small, "num_cpus": 0, "include_dashboard": False,
     # Losses are noticed sooner; on a machine of many tests not too soon.
     "_system_config": {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000,
                        "health_check_failure_threshold": 4}})
-raylets = [cluster.add_node(num_cpus=1, **small).all_processes["raylet"][0].process.pid
-           for _ in range(int(sys.argv[1]))]
+raylets = [cluster.add_node(**each, **small).all_processes["raylet"][0].process.pid
+           for _ in range(nodes)]
 print(json.dumps([cluster.address, raylets]), flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -70,8 +77,8 @@ def start(folder, code, *arguments, env=None, **options):
                             env=env, stdout=subprocess.PIPE, text=True, **options)
 
 
-def robench(folder, command, *arguments):
-    return start(folder, ROBENCH, *command, *arguments, stderr=subprocess.PIPE)
+def robench(folder, command, *arguments, **options):
+    return start(folder, ROBENCH, *command, *arguments, stderr=subprocess.PIPE, **options)
 
 
 def finish(process):
@@ -90,11 +97,12 @@ def tree(pid):
 
 
 @contextlib.contextmanager
-def cluster(nodes):
-    """(address, pids of the nodes' main processes); the head does no tasks."""
+def cluster(nodes, **each):
+    """(address, pids of the nodes' main processes); the head does no tasks. each: what a node
+    has, one CPU if nothing is said."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: there are sockets in it
-    process = start(folder, CLUSTER, nodes, env={"RAY_TMPDIR": folder}, stdin=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL)
+    process = start(folder, CLUSTER, json.dumps([nodes, each or {"num_cpus": 1}]),
+                    env={"RAY_TMPDIR": folder}, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         line = process.stdout.readline()
         assert line, "no cluster could be started"
@@ -126,12 +134,9 @@ def test_a_node_that_is_killed_costs_time_alone(tmp_path, command, nodes, traine
     with cluster(nodes) as (address, raylets):
         process = robench(tmp_path, command, "--out", "ray", "--executor", "ray",
                           "--ray-address", address)
-        cells, last = tmp_path / "ray" / "cells", time.monotonic() + 900
-        while not (len(list(cells.glob("*/state.pt"))) > 1
-                   and len(list(cells.glob("*/done.json"))) >= trained):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < last
-            time.sleep(0.02)
+        cells = tmp_path / "ray" / "cells"
+        until(lambda: len(list(cells.glob("*/state.pt"))) > 1
+              and len(list(cells.glob("*/done.json"))) >= trained, process)
         for pid in tree(raylets[0]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -143,6 +148,81 @@ def test_a_node_that_is_killed_costs_time_alone(tmp_path, command, nodes, traine
     assert len(one[0]) > 10 and {record["threads"] for record in one[0]} == {1}
     assert "Traceback" not in err
     assert "train " in err  # progress of the workers; at least what was killed took a second
+
+
+# What tasks get from a machine that says it has a GPU: (beginning, end, GPUs) of each.
+SHARED = """
+import json, os, sys, time
+from pathlib import Path
+import torch
+from robench.benchmark.executors import Request, ray, share_of
+from robench.benchmark.executors.work import Outcome
+from robench.benchmark.graph import Task
+from robench.benchmark.progress import Reporter
+from robench.benchmark.spec import RunSpec
+
+def perform(request, task, messages, folder, *before):
+    import ray
+    folder, began = Path(folder, str(task.gpu)), time.monotonic()
+    folder.mkdir(exist_ok=True)
+    (folder / f"{task.key}.begun").touch()
+    while len(list(folder.glob("*.begun"))) * task.gpu < 1:  # so many run at once
+        assert time.monotonic() < began + 60
+        time.sleep(0.01)
+    time.sleep(0.3)
+    (folder / task.key).write_text(json.dumps([began, time.monotonic(), ray.get_gpu_ids()]))
+    return Outcome(1, True)
+
+ray._perform = perform
+for part in (1.0, 0.5):
+    spec = RunSpec(executor="ray", ray_address=sys.argv[1], threads=1, gpus_per_task=part)
+    share = share_of(spec, torch.device("cuda"))
+    tasks = [Task(str(i), "train", "", threads=share.threads, gpu=share.gpu) for i in range(4)]
+    assert ray.work_ahead(Request((spec,)), tasks, Reporter()) == 4
+    print(json.dumps([json.loads(Path(str(part), task.key).read_text()) for task in tasks]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_tasks_share_a_gpu_as_the_request_says(tmp_path):
+    with cluster(1, num_cpus=4, num_gpus=1) as (address, _):
+        process = start(tmp_path, SHARED, address, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == ""
+    for most, line in zip((1, 2), out.splitlines(), strict=True):
+        tasks = json.loads(line)
+        assert {tuple(gpus) for *_, gpus in tasks} == {(0,)}
+        assert most == max(sum(one <= began < end for one, end, _ in tasks)
+                           for began, *_ in tasks)
+
+
+def test_a_process_that_gets_another_gpu_goes_over_to_it(monkeypatch):
+    """CUDA would stay at the one that it saw first."""
+    chosen, hidden = [], "CUDA_VISIBLE_DEVICES"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: hidden not in os.environ)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for given in ([3], ["1"]):
+        monkeypatch.setenv(hidden, str(given[0]))
+        assert ray_executor._choose_gpu(given) == str(given[0])
+    assert chosen == [3, 1]
+    monkeypatch.setenv(hidden, "MIG-1")
+    assert (ray_executor._choose_gpu(["MIG-1"]), ray_executor._choose_gpu([])) == ("MIG-1", "")
+    assert chosen == [3, 1] and os.environ[hidden] == "MIG-1"
+
+
+@pytest.mark.parametrize(("gpu", "machines", "told"), [
+    (0.0, [{"CPU": 4.0}], False), (0.0, [{"CPU": 3.0}, {"GPU": 8.0}], True),
+    (0.5, [{"CPU": 4.0, "GPU": 1.0}], False),
+    (0.5, [{"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}], True)])
+def test_tasks_that_fit_on_no_machine_are_told(capfd, gpu, machines, told):
+    """Ray only waits."""
+    there = [{"Alive": True, "Resources": machine} for machine in machines]
+    nodes = [{"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}, *there]
+    ray_executor._check_room(SimpleNamespace(nodes=lambda: nodes),
+                             Task("", "train", "", threads=4, gpu=gpu), Reporter(quiet=True))
+    _, err = capfd.readouterr()
+    assert err.startswith(f"warning: no machine of this Ray has 4 CPUs and {gpu:g} GPUs, ") is told
+    assert told or err == ""
 
 
 def test_a_lost_queue_is_told_in_one_line(capfd):
@@ -162,3 +242,42 @@ def test_without_ray_there_is_one_line(monkeypatch):
         check_executor(RunSpec(executor="ray"))
     with pytest.raises(UsageError, match="--ray-address is for --executor ray"):
         check_executor(RunSpec(ray_address="auto"))
+
+
+def test_ray_chooses_the_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_executor(RunSpec(executor="ray", device="cuda"))
+    with pytest.raises(UsageError, match="--device cuda:1: Ray chooses .*write --device cuda$"):
+        check_executor(RunSpec(executor="ray", device="cuda:1"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_ctrl_c_ends_a_run_on_its_own_ray(tmp_path):
+    """As a terminal sends it: to the command and to all that it started."""
+    command = ("run", "--defense", "rslad", "--baseline", "trades", "--epochs", "4",
+               "--train-limit", "384", "--limit", "10", "--attack", "fgsm", "--set",
+               "validation=20", "--device", "cpu", "--threads", "1", "--jobs", "1", "--quiet",
+               "--executor", "ray", "--out", "out")
+    process = robench(tmp_path, command, start_new_session=True,
+                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    cells, started = tmp_path / "out" / "cells", {process.pid}
+    try:  # the student is under way, its teacher is trained
+        until(lambda: list(cells.glob("*/done.json")) and list(cells.glob("*/state.pt")), process)
+        started = tree(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        last = time.monotonic() + 15
+        while (left := set(filter(living, started))) and time.monotonic() < last:
+            time.sleep(0.05)
+    finally:
+        for pid in filter(living, started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert err.split("\n") == ["", "robench: interrupted; run the same command again to go on", ""]
+    assert process.returncode == 130
+    assert len(started) > 3 and not left
+    (teacher,), (state,) = cells.glob("*/done.json"), cells.glob("*/state.pt")
+    kept = teacher.read_bytes()
+    assert finish(robench(tmp_path, command)).startswith("reports: ")
+    assert teacher.read_bytes() == kept and (state.parent / "done.json").exists()

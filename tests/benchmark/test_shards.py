@@ -246,6 +246,18 @@ def test_shards_that_are_there_are_not_made_again(
     assert not list((tmp_path / "out" / "eval").glob("*.0-5*"))
 
 
+def test_shards_made_with_other_threads_are_told(
+    tmp_path, checkpoint, robench, no_figures, monkeypatch
+):
+    numbers, original = iter([1, 4, *[1] * 20]), matrix.environment
+    monkeypatch.setattr(matrix, "environment",
+                        lambda device: {**original(device), "threads": next(numbers)})
+    robench("eval", checkpoint, *EVAL, "--shards", 3, "--out", tmp_path)
+    told = [[text for text in record.warnings if text.startswith("shards: ")]
+            for record in load([tmp_path]).records]
+    assert told == [["shards: not all were made with the same threads: 1, 4"], []]
+
+
 def test_a_budget_in_shards_leaves_open_what_was_not_begun(
     tmp_path, checkpoint, robench, no_figures
 ):

@@ -30,7 +30,7 @@ from robench.errors import DiskError, RobenchError
 from robench.files import LOCK, locked, write_atomic
 from robench.reports.store import load, save
 
-from .kills import kill_until, seconds_of_writing
+from .kills import kill_until, living, seconds_of_writing, until
 
 SRC = Path(__file__).parents[2] / "src"
 LONG = ("run", "--defense", "pgd-at", "--baseline", "trades", "--epochs", "500", "--device", "cpu",
@@ -46,24 +46,9 @@ def start(folder, *arguments, **options):
                             **options)
 
 
-def until(condition, process, seconds=120):
-    last = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < last
-        time.sleep(0.02)
-
-
 def children(pid):
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return {int(child) for task in tasks for child in task.read_text().split()}
-
-
-def living(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def left_over(folder):
