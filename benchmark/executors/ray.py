@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from robench.files import LOCK
 RETRIES = 5  # of a task whose machine, or process, is lost
 PATIENCE = 10.0  # seconds that tasks have for the step they are at when they are told to end
 STORE = 100 * 2**20  # bytes for objects: results are a few numbers, images go by files
+Machine = Mapping[str, float]  # what Ray says it has
 _worker: tuple[Request, str, Worker] | None = None  # of this process, and its GPU
 
 
@@ -36,20 +37,29 @@ def work_ahead(request: Request, tasks: Sequence[Task], reporter: Reporter) -> i
     ray: Any = importlib.import_module("ray")
     refs: dict[str, Any] = {}
     with _joined(ray, request), _relayed(ray, reporter) as messages:
-        _check_room(ray, tasks[0], reporter)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        _check_room(machines, tasks[0], reporter)
         # Without max_calls a process would end after every task that had a GPU.
         remote = ray.remote(max_calls=0, max_retries=RETRIES)(_perform)
         for task in urgent_first(tasks):
             refs[task.key] = remote.options(
                 name=task.label, num_cpus=task.threads, num_gpus=task.gpu,
+                memory=_memory(task, machines),
             ).remote(request, task, messages, os.getcwd(), *(refs[key] for key in task.needs))
         return _finished(ray, list(refs.values()))
 
 
-def _check_room(ray: Any, task: Task, reporter: Reporter) -> None:
+def _memory(task: Task, machines: Sequence[Machine]) -> int | None:
+    """Bytes to ask for, so that no machine takes more tasks than fit: the peak of earlier ones,
+    but no more than the largest machine has, or it would wait forever. None: unknown, or a GPU's.
+    """
+    most = max((machine.get("memory", 0) for machine in machines), default=0)
+    return None if task.gpu else int(min(task.estimate.memory or 0, most)) or None
+
+
+def _check_room(machines: Sequence[Machine], task: Task, reporter: Reporter) -> None:
     """Ray waits without a word for what no machine has: another one may join."""
     wanted = {"CPU": task.threads, "GPU": task.gpu}
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(kind, 0) >= number for kind, number in wanted.items())
                for machine in machines):
         reporter.warn(f"no machine of this Ray has {task.threads} CPUs and {task.gpu:g} GPUs, "

@@ -14,14 +14,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from robench.benchmark.executors import check_executor
 from robench.benchmark.executors import ray as ray_executor
-from robench.benchmark.graph import Task
+from robench.benchmark.graph import Estimate, Task
 from robench.benchmark.progress import Reporter
 from robench.benchmark.spec import RunSpec
 from robench.errors import UsageError
@@ -157,7 +156,7 @@ from pathlib import Path
 import torch
 from robench.benchmark.executors import Request, ray, share_of
 from robench.benchmark.executors.work import Outcome
-from robench.benchmark.graph import Task
+from robench.benchmark.graph import Estimate, Task
 from robench.benchmark.progress import Reporter
 from robench.benchmark.spec import RunSpec
 
@@ -216,13 +215,21 @@ def test_a_process_that_gets_another_gpu_goes_over_to_it(monkeypatch):
     (0.5, [{"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}], True)])
 def test_tasks_that_fit_on_no_machine_are_told(capfd, gpu, machines, told):
     """Ray only waits."""
-    there = [{"Alive": True, "Resources": machine} for machine in machines]
-    nodes = [{"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}, *there]
-    ray_executor._check_room(SimpleNamespace(nodes=lambda: nodes),
-                             Task("", "train", "", threads=4, gpu=gpu), Reporter(quiet=True))
+    ray_executor._check_room(machines, Task("", "train", "", threads=4, gpu=gpu),
+                             Reporter(quiet=True))
     _, err = capfd.readouterr()
     assert err.startswith(f"warning: no machine of this Ray has 4 CPUs and {gpu:g} GPUs, ") is told
     assert told or err == ""
+
+
+@pytest.mark.parametrize(("memory", "gpu", "asked"), [
+    (None, 0.0, None), (3 * 2**30, 0.0, 3 * 2**30), (9 * 2**30, 0.0, 4 * 2**30),
+    (2**30, 0.5, None)])
+def test_what_a_task_takes_is_asked_for(memory, gpu, asked):
+    """At most what a machine has, or it would never run; a GPU's memory is its own."""
+    machines = [{"CPU": 4.0, "memory": 2.0 * 2**30}, {"memory": 4.0 * 2**30}, {"CPU": 1.0}]
+    task = Task("", "train", "", gpu=gpu, estimate=Estimate(memory=memory))
+    assert ray_executor._memory(task, machines) == asked
 
 
 def test_a_lost_queue_is_told_in_one_line(capfd):
