@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
@@ -23,6 +24,7 @@ Precision = Literal["exact", "bf16", "ieee"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # The one batch shape of `ieee`: kernels, and with them the last bits, depend on the shape.
 MICRO_BATCH = 32
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _SHORT = ", short of memory: "
 
 
@@ -136,10 +138,16 @@ def searching(precision: Precision) -> Iterator[None]:
                          torch.is_deterministic_algorithms_warn_only_enabled())
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Without it torch warns that products of matrices on a GPU may differ from run to run.
+    ours = _CUBLAS not in os.environ
+    if ours:
+        os.environ[_CUBLAS] = ":4096:8"
     try:
         with full_precision():
             yield
     finally:
+        if ours:
+            del os.environ[_CUBLAS]
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,5 +1,7 @@
 """The network as the search sees it: same function, less work, and honest counts."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -132,11 +134,18 @@ def test_a_gradient_that_is_not_finite_is_zero():
     assert torch.equal(grad, torch.zeros_like(X))
 
 
-def test_the_global_switches_come_back():
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_the_global_switches_come_back(workspace, monkeypatch):
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    if workspace is not None:
+        monkeypatch.setenv(name, workspace)
     before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
     with searching("ieee"):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.allow_tf32
+        assert os.environ[name] == (workspace or ":4096:8")
+    assert os.environ.get(name) == workspace
     assert before == (torch.backends.cudnn.allow_tf32,
                       torch.are_deterministic_algorithms_enabled())
 
