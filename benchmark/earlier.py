@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from robench.attacks.threat import ThreatModel
 from robench.benchmark.cells import Cell
 from robench.benchmark.checkpoints import Header, read_header
-from robench.benchmark.graph import Estimate, Pair
-from robench.benchmark.kept import Place, transfers_path
+from robench.benchmark.graph import Estimate, Pair, Span
+from robench.benchmark.kept import Place, shard_path, transfers_path
 from robench.benchmark.spec import CellSpec, RunSpec
 from robench.errors import UsageError
 from robench.reports.record import Record
@@ -150,7 +150,9 @@ class Earlier:
     def trained(self, cell: Cell) -> bool:
         return cell.result() is not None
 
-    def attacked(self, cell: Cell, checkpoint: str, pair: Pair) -> bool:
+    def attacked(
+        self, cell: Cell, checkpoint: str, pair: Pair, span: Span | None = None
+    ) -> bool:
         spec, threat, _ = pair
         weights = self.kept.weights_of(cell.folder, checkpoint)
         if weights is None:
@@ -160,6 +162,9 @@ class Earlier:
         wanted = [".json", ".npz", *([".safetensors"] if self.spec.keep_examples else [])]
         paths = (place.record(spec, threat, sha256)
                  for sha256 in self.data(min(spec.limit or self.test, self.test)))
+        if span is not None:  # one without examples is made again where they are wanted
+            there = any(shard_path(path, span).exists() for path in paths)
+            return there and not self.spec.keep_examples
         return any(all(path.with_suffix(suffix).exists() for suffix in wanted) for path in paths)
 
     def transferred(self, cell: Cell) -> bool:

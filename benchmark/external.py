@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from robench.benchmark.checks import check_logits
 from robench.benchmark.data import Images
 from robench.benchmark.examples import Examples
 from robench.benchmark.executors import Request, using, work_ahead
-from robench.benchmark.graph import Estimate, Task, attack_tasks, pairs
+from robench.benchmark.graph import Estimate, Pair, Span, Task, attack_tasks, pairs
+from robench.benchmark.kept import shard_path
 from robench.benchmark.matrix import Matrix, Subject
 from robench.benchmark.progress import Reporter
 from robench.benchmark.sources import Network, load_network
@@ -84,9 +86,20 @@ def _tasks(matrix: Matrix, subjects: Sequence[Subject]) -> list[Task]:
         for task in attack_tasks(
             f"0/{subject.label}", subject.label,
             Task("", "attack", "", owner=subject.label, pair=index, threads=share.threads,
-                 gpu=share.gpu, done=matrix.kept(subject, pair, seed) is not None),
-            pair, len(matrix.test), share, Estimate())
+                 gpu=share.gpu),
+            pair, len(matrix.test), share, Estimate(),
+            partial(_made, matrix, subject, pair, seed))
     ]
+
+
+def _made(
+    matrix: Matrix, subject: Subject, pair: Pair, seed: int, span: Span | None
+) -> bool:
+    """Whether an attack, or a shard of it, is there."""
+    if span is None:
+        return matrix.kept(subject, pair, seed) is not None
+    keep = matrix.spec.keep_examples  # a shard without examples is made again
+    return not keep and shard_path(matrix.path(subject, pair, seed), span).exists()
 
 
 def _evaluated(matrix: Matrix, subjects: Sequence[Subject]) -> Results:

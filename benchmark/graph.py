@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ UNRANKED = AttackSpec(name="pgd-20")
 Kind = Literal["train", "shard", "attack", "transfer"]
 Role = Literal["table", "curve"]
 Pair = tuple[AttackSpec, ThreatModel, Role]
+Span = tuple[int, int]  # of test images: start, stop
 
 
 class Estimate(NamedTuple):
@@ -52,7 +54,7 @@ class Task:
     owner: str = ""
     checkpoint: str = ""
     pair: int = 0
-    span: tuple[int, int] | None = None
+    span: Span | None = None
     threads: int = 1
     gpu: float = 0.0
     estimate: Estimate = Estimate()
@@ -64,7 +66,9 @@ class Known(Protocol):
 
     def trained(self, cell: Cell) -> bool: ...
 
-    def attacked(self, cell: Cell, checkpoint: str, pair: Pair) -> bool: ...
+    def attacked(
+        self, cell: Cell, checkpoint: str, pair: Pair, span: Span | None = None
+    ) -> bool: ...
 
     def transferred(self, cell: Cell) -> bool: ...
 
@@ -143,9 +147,9 @@ def graph(
                       for task in attack_tasks(
                           f"{run}/{cell.spec.key()}/{name}", f"{cell.label} {name}",
                           Task("", "attack", "", needs, run, cell.spec.key(), name, index,
-                               threads=share.threads, gpu=share.gpu,
-                               done=known.attacked(cell, name, pair)),
-                          pair, images, share, known.attack(cell, pair, images))]
+                               threads=share.threads, gpu=share.gpu),
+                          pair, images, share, known.attack(cell, pair, images),
+                          partial(known.attacked, cell, name, pair))]
         if cell.crossed:
             tasks.append(Task(
                 key=f"{run}/{cell.spec.key()}/rob_f", kind="transfer", run=run, needs=needs,
@@ -156,13 +160,16 @@ def graph(
 
 def attack_tasks(
     prefix: str, label: str, task: Task, pair: Pair, images: int, share: Share,
-    estimate: Estimate,
+    estimate: Estimate, made: Callable[[Span | None], bool],
 ) -> Iterator[Task]:
     """One attack on one network: itself, or its shards and the task that puts them together.
 
-    task: what is the same for all of them.
+    Args:
+        task: what is the same for all of them.
+        made: whether the whole, or a shard, is there.
     """
     spec, threat, _ = pair
+    done = made(None)
     # Its number: the curve over eps may attack fewer images under the same names.
     key = f"{prefix}/{task.pair}-{spec.slug}@{threat}"
     label = f"{label}: {spec.label} at {threat}"
@@ -173,11 +180,12 @@ def attack_tasks(
             part = estimate.seconds and estimate.seconds * (stop - start) / total
             shards.append(replace(task, key=f"{key}[{start}:{stop}]", kind="shard",
                                   label=f"{label}, images {start} to {stop - 1}",
-                                  span=(start, stop), estimate=estimate._replace(seconds=part)))
+                                  span=(start, stop), estimate=estimate._replace(seconds=part),
+                                  done=done or made((start, stop))))
     if shards:  # to put them together takes the time of one clean pass
         estimate = estimate._replace(seconds=estimate.seconds and 0.0)
     yield from shards
-    yield replace(task, key=key, label=label, estimate=estimate,
+    yield replace(task, key=key, label=label, estimate=estimate, done=done,
                   needs=(*task.needs, *(shard.key for shard in shards)))
 
 

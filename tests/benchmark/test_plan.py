@@ -23,6 +23,7 @@ from robench.benchmark.graph import (
     urgent_first,
     without,
 )
+from robench.benchmark.kept import shard_path
 from robench.benchmark.matrix import run
 from robench.benchmark.plan import Plan
 from robench.benchmark.spec import RunSpec
@@ -194,6 +195,15 @@ def test_a_plan_knows_what_is_done_and_how_long_the_rest_may_take(
     assert "2 rows, 2 trainings (2 done), 36 attacks (36 done), 1 Rob_f analyses (1 done)" in (
         done.out)
     assert "total: 0 s" in done.out and "nothing" in done.out
+    # An attack of which a part is there.
+    record = min((tmp_path / "runs").glob("cells/*/eval/pgd-5-*.json"))
+    record.rename(tmp_path / record.name)
+    shard_path(record, (5, 10)).touch()
+    done = robench(*two, "--epochs", 2, "--shards", 4)
+    assert "36 attacks (35 done), 144 shards of them (141 done)" in done.out
+    done = robench(*two, "--epochs", 2, "--shards", 4, "--keep-examples")
+    assert "(0 done)" in done.out.partition("shards of them")[2]
+    (tmp_path / record.name).rename(record)
     # Another attack, of which nothing is known; and the same ones on other seeds.
     done = robench(*command, "--epochs", 2, "--attack", "fgsm", "--attack", "cw")
     assert "36 attacks (32 done)" in done.out and "total: unknown" in done.out
