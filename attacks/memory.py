@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,6 +44,7 @@ class Batches:
         except Exception as error:  # also the errors of a user's network
             if not out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)  # whoever called us still holds it
             if self.size == 1:
                 raise RobenchError("out of memory with one image at a time: take a device with "
                                    "more, or a smaller network") from None

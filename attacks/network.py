@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
@@ -24,7 +25,11 @@ Precision = Literal["exact", "bf16", "ieee"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # The one batch shape of `ieee`: kernels, and with them the last bits, depend on the shape.
 MICRO_BATCH = 32
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# With warn_only the memory-efficient kernel, torch's choice for float32 on a GPU, stays random.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+# torch's warning about products of matrices, unless CUBLAS_WORKSPACE_CONFIG was set before the
+# first one of the process. They differ from run to run with several streams only: we have one.
+_CUBLAS = "(?s)Deterministic behavior was enabled.*CuBLAS"
 _SHORT = ", short of memory: "
 
 
@@ -138,16 +143,11 @@ def searching(precision: Precision) -> Iterator[None]:
                          torch.is_deterministic_algorithms_warn_only_enabled())
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Without it torch warns that products of matrices on a GPU may differ from run to run.
-    ours = _CUBLAS not in os.environ
-    if ours:
-        os.environ[_CUBLAS] = ":4096:8"
     try:
-        with full_precision():
+        with full_precision(), sdpa_kernel(_ATTENTION), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _CUBLAS)
             yield
     finally:
-        if ours:
-            del os.environ[_CUBLAS]
         torch.backends.cudnn.deterministic = deterministic
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -54,10 +54,20 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     yield Finding("threads", True, str(torch.get_num_threads()))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Finding("CUDA devices", True, ", ".join(gpus) or "none: everything runs on the CPU")
+    yield _try("CUDA devices", _gpus, "install a torch for this GPU and its driver (nvidia-smi "
+               "names both), see that nobody else holds the GPU, or take --device cpu")
     tf32 = torch.backends.cudnn.allow_tf32
     yield Finding("TF32 convolutions", True, "allowed (torch's default)" if tf32 else "off")
+
+
+def _gpus() -> str:
+    import torch
+
+    from robench.benchmark.sources import pick_device
+
+    names = [torch.cuda.get_device_name(pick_device(f"cuda:{i}"))
+             for i in range(torch.cuda.device_count())]
+    return ", ".join(names) or "none: everything runs on the CPU"
 
 
 def _robustbench() -> Iterator[Finding]:

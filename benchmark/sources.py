@@ -186,10 +186,10 @@ def cores() -> int:
 def pick_device(name: str) -> torch.device:
     """"auto" is CUDA if there is one, else the CPU. Raises UsageError for a missing device."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device)  # computed there: a GPU may be too old for this torch
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not there ({one_line(error)})") from None
     return device

@@ -30,7 +30,7 @@ class UnderWay:
     Attributes:
         seen: what each of its steps so far saw: the parts of the loss, () each.
         seconds: that these steps took.
-        generators: the states of torch's generators after them; [] before the first step.
+        generators: from `randomness.generators`, after them; [] before the first step.
     """
 
     seen: list[dict[str, Tensor]] = field(default_factory=list)
@@ -82,6 +82,10 @@ class Progress:
             for group, parts in groups.items():
                 for name, part in parts.items():
                     part.load_state_dict(state[group][name])
+            for optimizer in self.optimizers.values():
+                for kept in optimizer.state.values():
+                    if "step" in kept:  # on a GPU torch would wait for it, once per parameter
+                        kept["step"] = kept["step"].cpu()
             self.history[:] = [EpochLog(**log) for log in state["history"]]
             self.under_way = UnderWay(**state["under_way"])
         except Exception as error:  # the names are right, what they hold is not

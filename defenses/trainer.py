@@ -222,7 +222,7 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
 
     batches = shuffled(run.train, size, start=len(seen))
     if begun.generators:
-        set_generators(begun.generators)
+        set_generators(begun.generators, run.train[1].device)
     for step, (clean, y) in enumerate(batches, start=len(seen)):
         x = run.augment(clean).contiguous(memory_format=layout)
         lr, moment = at(step)
@@ -240,7 +240,8 @@ def _epoch(run: _Training, progress: Progress) -> EpochLog:
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             run.watcher.losses(_look(seen[step // CHECK_EVERY * CHECK_EVERY :], epoch, step))
         if signals.waiting() and run.team.size == 1:  # several are not stopped at the same step
-            progress.under_way = UnderWay(seen, time.perf_counter() - started, generators())
+            progress.under_way = UnderWay(seen, time.perf_counter() - started,
+                                          generators(run.train[1].device))
             run.keeper.save_state(progress.state_dict())
         signals.step()
     lr, moment = at(steps - 1)

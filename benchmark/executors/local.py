@@ -93,11 +93,15 @@ def _start(request: Request, messages: Queue[Message], places: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent, too, who ends us
     threading.Thread(target=die_with_parent, daemon=True).start()
     torch.set_num_threads(threads_of(request.specs[0]))
-    place = places.get()
-    if torch.cuda.device_count() > 1:  # what says "cuda" means one of them
-        torch.cuda.set_device(place % torch.cuda.device_count())
+    _choose_gpu(request.specs[0].device, places.get())
     _worker = Worker(request, Remote(messages))
     signal.signal(signal.SIGTERM, _leave)
+
+
+def _choose_gpu(device: str, place: int) -> None:
+    """Make one of several GPUs the one that "cuda" means here; none is touched but for that."""
+    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        torch.cuda.set_device(place % torch.cuda.device_count())
 
 
 def _leave(number: int, frame: object) -> None:

@@ -21,17 +21,19 @@ def cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if used else []
 
 
-def generators() -> list[torch.Tensor]:
-    """The states of torch's global generators, of the CPU and of each GPU in use."""
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices())]
+def generators(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's global generators, of the CPU and of the device if it is a GPU."""
+    gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *gpu]
 
 
-def set_generators(states: list[torch.Tensor]) -> None:
-    """What `generators` returned, on the same number of GPUs."""
-    cpu, *gpus = (state.cpu() for state in states)
+def set_generators(states: list[torch.Tensor], device: torch.device) -> None:
+    """What `generators` returned, of this device or another one: a GPU goes on where another one
+    was. What began on a CPU has no state for a GPU, whose generator then stays as it is."""
+    cpu, *gpu = (state.cpu() for state in states)
     torch.set_rng_state(cpu)
-    for device, state in zip(cuda_devices(), gpus, strict=True):
-        torch.cuda.set_rng_state(state, device)
+    if gpu and device.type == "cuda":
+        torch.cuda.set_rng_state(gpu[0], device)
 
 
 @contextmanager

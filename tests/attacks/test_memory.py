@@ -1,5 +1,7 @@
 """A network that takes few images at a time: the same verdicts, and a note."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,21 @@ def test_a_real_allocation_that_fails_is_recognized():
     with pytest.raises(Exception) as caught:  # whatever this torch raises
         torch.empty(2**60, dtype=torch.uint8)
     assert out_of_memory(caught.value)
+
+
+def test_memory_of_a_try_that_failed_is_given_back(monkeypatch):
+    """torch's cache gives back to the device only what nobody holds any more."""
+    held, seen = [], []
+
+    def work():
+        pixels = torch.ones(3)
+        held.append(weakref.ref(pixels))
+        raise torch.OutOfMemoryError(CPU)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(held[0]()))
+    with Batches(4).fitted():
+        work()
+    assert seen == [None]
 
 
 def test_batches_pass_other_errors_and_empty_tensors_on():

@@ -1,6 +1,6 @@
 """The network as the search sees it: same function, less work, and honest counts."""
 
-import os
+import warnings
 
 import pytest
 import torch
@@ -134,20 +134,30 @@ def test_a_gradient_that_is_not_finite_is_zero():
     assert torch.equal(grad, torch.zeros_like(X))
 
 
-@pytest.mark.parametrize("workspace", [None, ":16:8"])
-def test_the_global_switches_come_back(workspace, monkeypatch):
-    name = "CUBLAS_WORKSPACE_CONFIG"
-    monkeypatch.delenv(name, raising=False)
-    if workspace is not None:
-        monkeypatch.setenv(name, workspace)
-    before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+def switches():
+    return (torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+
+
+def test_the_global_switches_come_back():
+    before = switches()
+    assert before == (True, False, True, True, True)
     with searching("ieee"):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.backends.cudnn.allow_tf32
-        assert os.environ[name] == (workspace or ":4096:8")
-    assert os.environ.get(name) == workspace
-    assert before == (torch.backends.cudnn.allow_tf32,
-                      torch.are_deterministic_algorithms_enabled())
+        assert switches() == (False, True, False, False, True)
+    assert switches() == before
+
+
+def test_of_warnings_about_determinism_only_the_true_ones_are_shown():
+    """torch looks at CUBLAS_WORKSPACE_CONFIG at the first product of the process, never again."""
+    cublas = ("Deterministic behavior was enabled with either `torch.use_deterministic_algorithms("
+              "True)` or `at::Context::setDeterministicAlgorithms(true)`, but this operation is "
+              "not deterministic because it uses CuBLAS and you have CUDA >= 10.2.")
+    with searching("ieee"):
+        warnings.warn(cublas, UserWarning, stacklevel=1)
+        with pytest.warns(UserWarning, match="upsample"):
+            warnings.warn("upsample_backward does not have a deterministic implementation",
+                          UserWarning, stacklevel=1)
 
 
 def test_several_gradients_take_one_forward_pass():

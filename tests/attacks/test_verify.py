@@ -89,6 +89,65 @@ def test_tf32_is_off_inside_and_restored(tf32):
         conv.allow_tf32, matmul.allow_tf32 = before
 
 
+BACKENDS = torch.backends
+NEWER = hasattr(BACKENDS.cudnn, "conv")  # from torch 2.9 on
+KINDS = [BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul,
+         BACKENDS.mkldnn.conv, BACKENDS.mkldnn.rnn, BACKENDS.mkldnn.matmul] if NEWER else []
+
+
+def switches() -> list[object]:
+    """All that torch says of float32, by both of its interfaces."""
+    def older(read):
+        try:
+            return read()
+        except RuntimeError:
+            return "contradicted"
+
+    return [older(lambda: BACKENDS.cudnn.allow_tf32), older(torch.get_float32_matmul_precision),
+            older(lambda: BACKENDS.cuda.matmul.allow_tf32),
+            BACKENDS.fp32_precision, BACKENDS.cudnn.fp32_precision,
+            *(kind.fp32_precision for kind in KINDS)]
+
+
+@pytest.fixture
+def restored():
+    older = BACKENDS.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    newer = [kind.fp32_precision for kind in KINDS]
+    yield
+    BACKENDS.fp32_precision = BACKENDS.cudnn.fp32_precision = "none"
+    BACKENDS.cudnn.allow_tf32 = older[0]
+    torch.set_float32_matmul_precision(older[1])
+    for kind, before in zip(KINDS, newer, strict=True):
+        kind.fp32_precision = before
+
+
+SETTINGS = {
+    "nothing": lambda: None,
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "all": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
+    "cudnn": lambda: setattr(BACKENDS.cudnn, "fp32_precision", "tf32"),
+    "matmul": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "one of cudnn": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+@pytest.mark.skipif(not NEWER, reason="this torch has one interface")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_float32_is_float32_whatever_was_set_and_by_which_interface(name, restored):
+    SETTINGS[name]()
+    before = switches()
+    with full_precision():
+        inside = switches()
+        with full_precision():
+            assert switches() == inside
+        assert switches() == inside
+    assert inside[5:] == ["ieee"] * 6
+    if "contradicted" not in before:  # nor is it for a network that asks
+        assert inside[:3] == [False, "highest", False]
+    assert switches() == before
+
+
 def test_no_autocast_inside():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     dtypes = []

@@ -4,11 +4,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from robench.benchmark.executors import Request, threads_of, work
+from robench.benchmark.doctor import examine
+from robench.benchmark.executors import Request, local, threads_of, work
 from robench.benchmark.executors.work import Outcome, Worker
 from robench.benchmark.matrix import Matrix
 from robench.benchmark.progress import FINISHED_BARS, Reporter
+from robench.benchmark.sources import pick_device
 from robench.benchmark.spec import RunSpec
 from robench.defenses.trainer import TrainingFailed
 from robench.errors import DiskError, UsageError
@@ -90,3 +93,28 @@ def test_the_bars_of_what_has_ended_leave_room_for_what_runs(monkeypatch):
     assert max(map(len, opened)) == FINISHED_BARS + 2  # the long one, and the short one that runs
     assert all("long" in descriptions for descriptions in opened[1:-1]) and opened[-1] == []
     assert opened[-2] == ["long", *(f"short {key}" for key in range(30 - FINISHED_BARS, 30))]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [
+    ("auto", [1]), ("cuda", [1]), ("cpu", []), ("cuda:0", []),
+])
+def test_a_process_touches_no_gpu_but_its_own(monkeypatch, device, chosen):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    local._choose_gpu(device, 3)
+    assert seen == chosen
+
+
+def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch):
+    def refused(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", refused)
+    with pytest.raises(UsageError, match="^device 'cuda' is not there .*no kernel image"):
+        pick_device("auto")
+    (found,) = (finding for finding in examine() if finding.name == "CUDA devices")
+    assert not found.ok and "no kernel image" in found.text and "\n" not in found.text
+    assert "nvidia-smi" in found.cure
