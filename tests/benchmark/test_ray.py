@@ -261,8 +261,9 @@ def test_ray_chooses_the_gpu(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_ctrl_c_ends_a_run_on_its_own_ray(tmp_path):
-    """As a terminal sends it: to the command and to all that it started."""
-    command = ("run", "--defense", "rslad", "--baseline", "trades", "--epochs", "4",
+    """As a terminal sends it: to the command and to all that it started. So many epochs that the
+    student is not through before Ray has told its task to end."""
+    command = ("run", "--defense", "rslad", "--baseline", "trades", "--epochs", "30",
                "--train-limit", "384", "--limit", "10", "--attack", "fgsm", "--set",
                "validation=20", "--device", "cpu", "--threads", "1", "--jobs", "1", "--quiet",
                "--executor", "ray", "--out", "out")
