@@ -6,8 +6,10 @@ weights in bfloat16 are kept in the layout that the kernel wants.
 
 from __future__ import annotations
 
+import copy
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +44,39 @@ def fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
         shape = node.args[0].meta["tensor_meta"].shape
         model.set_submodule(str(node.target), Fused(conv, shape[2:], relu is not None))
         _replace(model, node, last, other)
+    _share(model)
     model.recompile()
     model.delete_all_unused_submodules()
     return model
+
+
+def forked(model: fx.GraphModule) -> fx.GraphModule:
+    """A fused network for gradients, with the layers of the first.
+
+    A convolution of one pixel and a stride (the shortcut of a residual block) reads a few pixels
+    of its input, and its gradient there is added to what the input's other readers give: no map
+    is filled with zeros, and none is added.
+    """
+    made = fx.GraphModule(model, copy.deepcopy(model.graph))
+    nodes, layers = list(made.graph.nodes), _layers(made)
+    for node, layer in layers.items():
+        if len(node.args) > 1 or not _strided_pixel(layer):
+            continue
+        source = cast(fx.Node, node.args[0])
+        readers = list(source.users)
+        if len(readers) < 2 or not _own_gradients(layers, source):
+            continue
+        shape = source.meta["tensor_meta"].shape
+        height, width = (-(-n // step) for n, step in zip(shape[2:], layer.stride, strict=True))
+        made.set_submodule(str(node.target), layer.without_stride((height, width)))
+        with made.graph.inserting_before(min(readers, key=nodes.index)):
+            fork = made.graph.call_function(_fork, (source, layer.stride))
+            whole, part = (made.graph.call_function(operator.getitem, (fork, i)) for i in (0, 1))
+            whole.meta = dict(source.meta)
+        for reader in readers:
+            reader.replace_input_with(source, part if reader is node else whole)
+    made.recompile()
+    return made
 
 
 class Fused(nn.Conv2d):
@@ -59,6 +91,9 @@ class Fused(nn.Conv2d):
         self.__dict__.update(vars(conv))
         self._parameters = dict(conv._parameters)
         self.relu = relu
+        # What nobody else reads: `other`, `other` while no gradient is wanted, and the gradient
+        # that comes back.
+        self.spare = self.spare_unless_kept = self.spare_gradient = False
         assert not isinstance(conv.padding, str)
         self._around: tuple[int, ...] = conv.padding
         # In float32 the copies would cost more memory than they save time.
@@ -90,16 +125,21 @@ class Fused(nn.Conv2d):
         if torch.is_grad_enabled() and (x.requires_grad or getattr(other, "requires_grad", False)):
             made: Tensor = _Differentiable.apply(self, x, other)
             return made
-        return self.run(x, other)
+        return self.run(x, other, into=self.spare_unless_kept)
 
     def run(
-        self, x: Tensor, other: Tensor | None, padding: tuple[int, ...] | None = None
+        self, x: Tensor, other: Tensor | None, padding: tuple[int, ...] | None = None,
+        *, into: bool = False,
     ) -> Tensor:
-        """Without a gradient, and with another padding if need be."""
+        """Without a gradient, with another padding if need be, and into `other` if allowed."""
         how, relu = self._how(padding or self._around), "relu" if self.relu else "none"
         call = torch.ops.mkldnn._convolution_pointwise
-        if other is None:
-            made: Tensor = call(x, self._packed, self.bias, *how, relu, [], "")
+        if other is not None and into:
+            made: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+                other, x, self._packed, self.bias, *how, "add", None,
+                "relu" if self.relu else None, [], None)
+        elif other is None:
+            made = call(x, self._packed, self.bias, *how, relu, [], "")
         elif x.dtype == torch.bfloat16:
             made = call.binary(x, other, self._packed, self.bias, *how, "add", None,
                                "relu" if self.relu else None, [], None)
@@ -115,11 +155,17 @@ class Fused(nn.Conv2d):
         if self._back is not None and fits:
             back: Tensor = torch.ops.mkldnn._convolution_pointwise(
                 grad, self._back, None, *self._back_how, "none", [], "")
-            return F.pixel_shuffle(back, 2) if self._blocks else back
+            return _from_blocks(back) if self._blocks else back
         made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             grad, x, self.weight, None, self.stride, self.padding, self.dilation, False, [0, 0],
             self.groups, [True, False, False])
         return made[0]
+
+    def without_stride(self, size: tuple[int, int]) -> Fused:
+        """The same on the pixels that are read, an image of that size."""
+        conv = nn.Conv2d(self.in_channels, self.out_channels, 1, device="meta")
+        conv.weight, conv.bias = self.weight, self.bias
+        return Fused(conv, size, self.relu)
 
     def _how(self, padding: tuple[int, ...]) -> tuple[Any, ...]:
         return padding, self.stride, self.dilation, self.groups
@@ -139,10 +185,19 @@ def _in_blocks(weight: Tensor) -> Tensor:
     return torch.stack(shifted, 1).flatten(0, 1)
 
 
+def _from_blocks(blocks: Tensor) -> Tensor:
+    """`pixel_shuffle` by 2 into an image that is contiguous, which is faster."""
+    n, c, h, w = blocks.shape
+    apart = blocks.permute(0, 2, 3, 1).reshape(n, h, w, c // 4, 2, 2)
+    return apart.permute(0, 3, 1, 4, 2, 5).reshape(n, c // 4, 2 * h, 2 * w)
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Fused, x: Tensor, other: Tensor | None) -> Tensor:
-        y = layer.run(x, other)
+        y = layer.run(x, other, into=layer.spare)
+        if y is other:
+            ctx.mark_dirty(other)
         ctx.layer, ctx.adds = layer, other is not None
         ctx.save_for_backward(x, y if layer.relu else None)
         return y
@@ -153,8 +208,32 @@ class _Differentiable(torch.autograd.Function):
         # Mixed layouts would be slow in all that follows.
         grad = grad.contiguous(memory_format=torch.channels_last)
         if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+            into = {"grad_input": grad} if ctx.layer.spare_gradient else {}
+            grad = torch.ops.aten.threshold_backward(grad, y, 0, **into)
         return None, ctx.layer.gradient(grad, x), grad if ctx.adds else None
+
+
+class _Fork(torch.autograd.Function):
+    """A map (N, C, H, W), and every pixel of it that a stride meets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        ctx.stride = stride
+        return x.view_as(x), _met(x, stride).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, met: Tensor) -> tuple[Tensor, None]:
+        _met(grad, ctx.stride).add_(met)  # a `Fused` layer made it, and nobody else reads it
+        return grad, None
+
+
+def _fork(x: Tensor, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor] = _Fork.apply(x, stride)
+    return made
+
+
+def _met(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    return x[:, :, :: stride[0], :: stride[1]]
 
 
 def _available(sample: Tensor) -> bool:
@@ -189,6 +268,36 @@ def _followed(model: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     called = user.op == "call_function" and user.target in _RELU
     return user if called or _module(model, user, nn.ReLU) is not None else None
+
+
+def _share(model: fx.GraphModule) -> None:
+    """Let layers write into what nobody reads afterwards."""
+    nodes, layers = list(model.graph.nodes), _layers(model)
+    for node, layer in layers.items():
+        layer.spare_gradient = _own_gradients(layers, node)
+        if len(node.args) < 2:
+            continue
+        x, other = cast(Sequence[fx.Node], node.args)
+        readers = list(other.users)
+        if x is other or not layers.keys() >= {x, other, *readers}:
+            continue  # something may be a view of it
+        layer.spare_unless_kept = max(readers, key=nodes.index) is node
+        layer.spare = readers == [node] and not layers[other].relu  # which would keep it
+
+
+def _layers(model: fx.GraphModule) -> dict[fx.Node, Fused]:
+    found = ((node, _module(model, node, Fused)) for node in model.graph.nodes)
+    return {node: layer for node, layer in found if layer is not None}
+
+
+def _own_gradients(layers: dict[fx.Node, Fused], node: fx.Node) -> bool:
+    """Each reader of that map makes a gradient of its own; an addition alone hands its on."""
+    return all(reader in layers and (layers[reader].relu or node not in reader.args[1:])
+               for reader in node.users)
+
+
+def _strided_pixel(conv: nn.Conv2d) -> bool:
+    return set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.padding == (0, 0)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robench.attacks.base import Classifier, frozen, memory_format
 from robench.attacks.folding import close, folded, in_bf16, look, repeats
-from robench.attacks.fused import Fused, fused
+from robench.attacks.fused import Fused, forked, fused
 from robench.attacks.local import Change, Local, Proposals
 from robench.attacks.memory import Batches
 from robench.attacks.verify import full_precision
@@ -53,14 +53,15 @@ class Network:
         """sample: (N, C, H, W) a few of the images, to check the prepared network on."""
         self.forwards = self.backwards = 0
         self.batch = 1
-        self._model, self.prepared = model, "as it is"
+        self._model, self._steep, self.prepared = model, model, "as it is"
         self._micro = precision == "ieee"
         self._dtype: torch.dtype | None = torch.bfloat16 if precision == "bf16" else None
         if isinstance(model, nn.Module) and precision != "ieee":
             try:
-                self._model, self.prepared = _prepared(model, self._dtype, sample, fuse=True)
+                prepared = _prepared(model, self._dtype, sample, fuse=True)
             except _Unlike:
-                self._model, self.prepared = _prepared(model, self._dtype, sample, fuse=False)
+                prepared = _prepared(model, self._dtype, sample, fuse=False)
+            self._model, self._steep, self.prepared = prepared
         elif not isinstance(model, nn.Module):
             self._dtype = None
         # Windows only in a copy of our own making, which is deterministic and no `ieee` network.
@@ -77,7 +78,7 @@ class Network:
     def logits(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W); no graph is built."""
         with torch.no_grad():
-            return self._logits(self._chunks(x), len(x), x.dtype)
+            return self._logits(self._model, self._chunks(x), len(x), x.dtype)
 
     def near(self, change: Change, proposals: Proposals) -> Tensor:
         """Logits of the proposals, for less work where they differ in a small square from known
@@ -110,7 +111,7 @@ class Network:
         and a backward pass for each."""
         chunks = [chunk.detach().requires_grad_(True) for chunk in self._chunks(x)]
         with torch.enable_grad():
-            logits = self._logits(chunks, len(x), x.dtype)
+            logits = self._logits(self._steep, chunks, len(x), x.dtype)
         wanted = objectives(logits.shape[1])
         for left, objective in reversed(list(enumerate(reversed(wanted)))):
             with torch.enable_grad():
@@ -121,9 +122,11 @@ class Network:
             grad = grad.to(x.dtype).contiguous()
             yield logits.detach(), values.detach(), grad.nan_to_num(0.0, 0.0, 0.0)
 
-    def _logits(self, chunks: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
+    def _logits(
+        self, model: Classifier, chunks: list[Tensor], n: int, dtype: torch.dtype
+    ) -> Tensor:
         self.forwards += n
-        parts = [self._model(chunk) for chunk in chunks]
+        parts = [model(chunk) for chunk in chunks]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         return logits[:n].to(dtype)
 
@@ -177,32 +180,36 @@ class _Unlike(Exception):
 
 def _prepared(
     model: nn.Module, dtype: torch.dtype | None, sample: Tensor, *, fuse: bool
-) -> tuple[nn.Module, str]:
-    """A faster network with the same logits and gradients, or the model itself; and what it is."""
+) -> tuple[nn.Module, nn.Module, str]:
+    """A faster network with the same logits, one with the same gradients, or the model itself;
+    and what they are."""
     net, name = _faster(model, sample)
     ours = net is not model
     if dtype is not None:
         net = in_bf16(net if ours else copy.deepcopy(model), sample)
         sample, name = sample.to(dtype), f"{name}, bf16"
+    steep = net
     if fuse and ours and isinstance(net, fx.GraphModule) and separate(net):
-        net = _fused(net, sample)
+        net, steep = _fused(net, sample)
         if any(isinstance(layer, Fused) for layer in net.modules()):
             name = f"{name}, fused"
-    return net, name
+    return net, steep, name
 
 
-def _fused(net: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
-    """The network itself with fused kernels. Raises _Unlike."""
+def _fused(net: fx.GraphModule, sample: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The network itself with fused kernels, and one for gradients. Raises _Unlike."""
     sample = sample.contiguous(memory_format=torch.channels_last)
     tolerance = 5e-2 if sample.dtype == torch.bfloat16 else 1e-4
-    wanted = look(net, sample)
+    logits, grad = look(net, sample)
     try:
-        found = look(fused(net, sample), sample)
+        steep = forked(fused(net, sample))
+        with torch.no_grad():  # where more may be written in place
+            found = (net(sample), *look(steep, sample))
     except Exception as error:  # a torch without these kernels
         raise _Unlike from error
-    if not all(close(*pair, tolerance) for pair in zip(found, wanted, strict=True)):
+    if not all(map(close, found, (logits, logits, grad), [tolerance] * 3)):
         raise _Unlike
-    return net
+    return net, steep
 
 
 def _faster(model: nn.Module, sample: Tensor) -> tuple[nn.Module, str]:

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 from robench.attacks.base import frozen
 from robench.attacks.folding import folded, look
-from robench.attacks.fused import Fused, fused
+from robench.attacks.fused import Fused, forked, fused
 from robench.attacks.network import Network
 from robench.benchmark.models import build_model
 
@@ -56,8 +58,9 @@ def prepared(dtype):
 def test_logits_and_gradients_are_the_same(dtype, tolerance):
     plain, made = prepared(dtype)
     for x in (X, X[:1], X.repeat(20, 1, 1, 1)):
-        for got, wanted in zip(look(made, x.to(dtype)), look(plain, x.to(dtype)), strict=True):
-            assert (got - wanted).float().norm() <= tolerance * wanted.float().norm()
+        for net in (made, forked(made)):
+            for got, wanted in zip(look(net, x.to(dtype)), look(plain, x.to(dtype)), strict=True):
+                assert (got - wanted).float().norm() <= tolerance * wanted.float().norm()
         with torch.no_grad():
             got, wanted = made(x.to(dtype)), plain(x.to(dtype))
             assert (got - wanted).float().norm() <= tolerance * wanted.float().norm()
@@ -71,6 +74,80 @@ def test_what_is_fused():
         "stem": True, "same": True, "down": True, "skip": False}
     left = [node.target for node in made.graph.nodes if node.op == "call_function"]
     assert [name.__name__ for name in left] == ["relu", "add", "add", "gelu"]
+
+
+class Blocks(nn.Module):
+    """Maps that are made of earlier ones, in all the ways that blocks of networks have: a list of
+    (maps that are read, kernel, stride, whether a ReLU follows, whether the second is added); of
+    kernel 0 there is only the sum."""
+
+    def __init__(self, ways):
+        super().__init__()
+        self.ways, sides, self.sources = ways, [8], []
+        self.convs, self.relu = nn.ModuleList([nn.Conv2d(3, 16, 3, padding=1)]), nn.ReLU()
+        for first, second, kernel, stride, *_ in ways:
+            first = first % len(sides)
+            sides.append(-(-sides[first] // stride) if kernel else sides[first])
+            alike = [i for i, side in enumerate(sides[:-1]) if side == sides[-1]]
+            self.sources.append((first, alike[second % len(alike)] if alike else None))
+            self.convs.append(
+                nn.Conv2d(16, 16, kernel, stride, kernel // 2) if kernel else nn.Identity())
+        read = {i for way, pair in zip(ways, self.sources, strict=True) for i in pair[: 1 + way[5]]}
+        self.ends = sorted(set(range(len(sides))) - read)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x):
+        maps = [self.convs[0](x)]
+        for conv, (first, second), (*_, relu, add) in zip(
+                self.convs[1:], self.sources, self.ways, strict=True):
+            made = conv(maps[first])
+            if second is not None and add:
+                made = made + maps[second]
+            maps.append(self.relu(made) if relu else made)
+        return self.last(sum(maps[end].mean((2, 3)) for end in self.ends))
+
+
+@kernels
+@settings(deadline=None, max_examples=50)
+@given(ways=st.lists(st.tuples(
+    st.integers(0, 9), st.integers(0, 9), st.sampled_from([0, 1, 3]), st.sampled_from([1, 1, 2]),
+    st.booleans(), st.booleans()), min_size=1, max_size=8), seed=st.integers(0, 99))
+# A sum gives both of its maps the same gradient; so does one that is handed on by another sum.
+@example([(0, 0, 3, 1, True, False)] * 2
+         + [(1, 2, 0, 1, False, True), (3, 0, 3, 1, False, False)], 0)
+@example([(0, 0, 3, 1, True, False)] * 2 + [
+    (0, 2, 3, 1, False, True), (3, 1, 0, 1, False, True), (4, 0, 3, 1, False, False)], 0)
+# Two shortcuts of one map, and a third reader.
+@example([(0, 0, 3, 1, True, False)] + [(1, 0, 1, 2, False, False)] * 2
+         + [(1, 0, 3, 2, False, False)], 0)
+def test_any_network_of_blocks_is_the_same(ways, seed):
+    """What layers write in place is read by nobody, in any order of use."""
+    torch.manual_seed(seed)
+    plain = fx.symbolic_trace(Blocks(ways).eval().requires_grad_(False))
+    plain = plain.to(memory_format=torch.channels_last)
+    # Smaller batches go to kernels that copy everything.
+    x = torch.rand(24, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    made = fused(copy.deepcopy(plain), x)
+    before, steep = x.clone(), forked(made)
+    for _ in range(2):
+        torch.testing.assert_close(made(x), plain(x), rtol=1e-4, atol=1e-5)
+    for net in (made, steep):
+        images = x.clone().requires_grad_(True)
+        ours, theirs = net(images), plain(images)
+        for k in (0, 2):  # several gradients of one pass
+            torch.testing.assert_close(
+                *(torch.autograd.grad(logits[:, k].sum(), images, retain_graph=True)[0]
+                  for logits in (ours, theirs)), rtol=1e-3, atol=1e-6)
+    assert torch.equal(x, before)
+
+
+@kernels
+def test_a_shortcut_passes_its_gradient_on_without_a_map_of_zeros():
+    _, made = prepared(torch.float32)
+    steep = forked(made)
+    assert made.skip.stride == (2, 2) and steep.skip.stride == (1, 1)
+    assert steep.skip.weight is made.skip.weight and steep.down is made.down
+    assert sum("_fork" in str(node.target) for node in steep.graph.nodes) == 1
 
 
 @kernels
