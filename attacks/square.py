@@ -26,9 +26,9 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 ORDER = {"L2": 2, "L1": 1}
 _TINY = 1e-12
 # A unit looks one query further ahead for each so many in a row that changed nothing: if an
-# improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 60).
+# improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 16).
 _PATIENCE = 2
-_SPREAD = 64  # queries that units may be apart, where there is a choice
+_SPREAD = 64  # how many queries units may be apart: those that improve often go one by one
 _BATCHES = 16  # looks in a pass come in multiples of it, if they are more
 
 
@@ -102,11 +102,11 @@ class Square(OneStage):
 
     def step(self, net: Network, units: Units) -> Step:
         # Without a graph, twice as many images take no more memory than others with one.
-        state, room = units.state, 2 * net.batch
+        state, room = units.state, 2 * net.batch // len(units)
         owner: Rows = slice(None)
         first: Rows = slice(None)
         query = last = units.step
-        if room > len(units):
+        if room > 1:
             owner, query, last = self._ahead(units, room)
         images, logits = self._looks(net, units, owner, query)
         margin = cw_margin(logits, units.y[owner])
@@ -128,16 +128,16 @@ class Square(OneStage):
         """Up to `room` queries of each unit, one unit's after another's: (M,) whose they are,
         (M,) their numbers, (N,) the last one of each unit."""
         idle = units.step - units.state["taken"]
-        count = (1 + idle // _PATIENCE).minimum(self.steps - units.step)
-        # Squares of one size are looked at together (`Local`): nobody runs far ahead.
+        count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
+        # Nobody runs far ahead: squares of one size are looked at together (`Local`).
         count = count.minimum(units.step.min() + _SPREAD - units.step).clamp_min(1)
-        # The slowest first, as far as there is room. Kernels are built, and their memory is kept,
-        # for every size of a batch: use few sizes.
+        # Kernels are built, and their memory is kept, for every size of a batch: use few sizes,
+        # and let those wait that are furthest.
         slowest = units.step.argsort(stable=True)
         more = (count - 1)[slowest].cumsum(0)
-        total = more[-1].clamp_max(room - len(count)) + len(count)
-        total = torch.where(total > _BATCHES, total - total % _BATCHES, total)
-        more = more.minimum((total - len(count)).clamp_min(0))
+        total = more[-1] + len(count)
+        odd = torch.where(total > _BATCHES, total % _BATCHES, 0)
+        more = more.minimum((more[-1] - odd).clamp_min(0))
         count[slowest] = 1 + more.diff(prepend=more.new_zeros(1))
         owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
