@@ -26,7 +26,7 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 ORDER = {"L2": 2, "L1": 1}
 _TINY = 1e-12
 # A unit looks one query further ahead for each so many in a row that changed nothing: if an
-# improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 16).
+# improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 23).
 _PATIENCE = 2
 _SPREAD = 64  # how many queries units may be apart: those that improve often go one by one
 _BATCHES = 16  # looks in a pass come in multiples of it, if they are more
@@ -127,18 +127,20 @@ class Square(OneStage):
     def _ahead(self, units: Units, room: int) -> tuple[Tensor, Tensor, Tensor]:
         """Up to `room` queries of each unit, one unit's after another's: (M,) whose they are,
         (M,) their numbers, (N,) the last one of each unit."""
-        idle = units.step - units.state["taken"]
-        count = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
+        n, idle = len(units), units.step - units.state["taken"]
+        most = (1 + idle // _PATIENCE).clamp_max(room).minimum(self.steps - units.step)
         # Nobody runs far ahead: squares of one size are looked at together (`Local`).
-        count = count.minimum(units.step.min() + _SPREAD - units.step).clamp_min(1)
-        # Kernels are built, and their memory is kept, for every size of a batch: use few sizes,
-        # and let those wait that are furthest.
+        some = most.minimum(units.step.min() + _SPREAD - units.step).clamp_min(1)
         slowest = units.step.argsort(stable=True)
-        more = (count - 1)[slowest].cumsum(0)
-        total = more[-1] + len(count)
-        odd = torch.where(total > _BATCHES, total % _BATCHES, 0)
-        more = more.minimum((more[-1] - odd).clamp_min(0))
-        count[slowest] = 1 + more.diff(prepend=more.new_zeros(1))
+        more = torch.cat([(some - 1)[slowest], (most - some)[slowest]]).cumsum(0)
+        # Kernels are built, and their memory is kept, for every size of a batch: use few sizes.
+        # If in doubt a larger one, or the slowest would be held back, and all would wait for it.
+        total, end = n + more[n - 1], n + more[-1]
+        full = torch.where(total > _BATCHES, (total + _BATCHES - 1) // _BATCHES * _BATCHES, total)
+        full = torch.where(full > end, (end // _BATCHES * _BATCHES).clamp_min(n), full)
+        gained = more.minimum(full - n).diff(prepend=more.new_zeros(1))
+        count = torch.ones_like(most)
+        count[slowest] += gained[:n] + gained[n:]
         owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
         end = count.cumsum(0)
         rows = torch.arange(len(owner), device=owner.device)

@@ -343,6 +343,19 @@ def test_looking_ahead_uses_few_sizes_of_batches():
     assert len(odd) < 0.1 * len(sizes)
 
 
+def test_looking_ahead_does_not_hold_back_the_slowest():
+    """Those that wait for it leave it its room, whatever sizes a batch may have."""
+    attack = Square(ThreatModel("Linf", 0.1))
+    units = units_of(attack, torch.rand(26, 1, 8, 8))
+    list(advance(attack, Net(worse), units, 1))
+    for ahead in (50, 63, 64, 200):
+        units.step = torch.full_like(units.step, 400 + ahead)
+        units.step[7] = 400
+        net = Net(worse, 64)
+        step = attack.step(net, units)
+        assert step.steps[7] == 4 and len(net.seen[0]) % 16 == 0
+
+
 def test_looking_ahead_ends_at_an_answer_that_is_no_number():
     x = torch.rand(2, 1, 8, 8)
     attack = Square(ThreatModel("Linf", 0.3))
