@@ -33,6 +33,10 @@ from robench.attacks.windows import (
 )
 
 MEMORY = 2**28  # bytes that images and activations may take
+# Kernels are built, and their memory is kept, for every size of a batch: above this number use
+# its multiples only.
+BATCHES = 16
+_FILLED = 8  # images whose activations are computed at a time: copies of all would take memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +137,21 @@ class Local:
             groups.setdefault(0 if slot < 0 else s, []).append(row)
         parts: list[Tensor] = []
         for s, rows in groups.items():
-            pick = slice(None) if len(groups) == 1 else torch.tensor(rows)
-            if s == 0:
-                parts.append(self._dense_logits(proposals.images(pick)))
-                continue
+            # Groups are of another size each time: the last row once more, to use few sizes.
+            missing = -len(rows) % BATCHES if len(groups) > 1 and len(rows) > BATCHES else 0
+            batch = rows + rows[-1:] * missing
+            pick = slice(None) if len(groups) == 1 else torch.tensor(batch)
             plan = self._plan(s)
-            assert plan is not None
-            places = [slots[row] for row in rows]
-            self._refresh(plan, rows, places, versions, proposals, looks.get(s))
-            parts.append(self._look(plan, places, [after[row] for row in rows],
+            if s == 0 or plan is None:
+                logits = self._dense_logits(proposals.images(pick))
+            else:
+                places = [slots[row] for row in batch]
+                # Popped: its memory is free for what comes.
+                self._refresh(plan, batch, places, versions, proposals, looks.pop(s, None))
+                logits = self._look(plan, places, [after[row] for row in batch],
                                     proposals.squares(pick, s), change.top[pick],
-                                    change.left[pick]))
+                                    change.left[pick])
+            parts.append(logits[: len(rows)])
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([row for rows in groups.values() for row in rows])
@@ -227,7 +235,8 @@ class Local:
             self._commit(plan, taken, last)
         if stale:
             places, fresh = torch.tensor(stale).unbind(1)
-            self._fill(plan, places, proposals.known(fresh))
+            for some, those in zip(*(torch.split(t, _FILLED) for t in (places, fresh)), strict=True):
+                self._fill(plan, some, proposals.known(those))
 
     def _commit(self, plan: Plan, taken: list[tuple[int, int]], last: _Look) -> None:
         """Take over squares of the last call: (place, row there)."""

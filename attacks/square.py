@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robench.attacks.base import ATTACKS
-from robench.attacks.local import Change, Rows, windows_of
+from robench.attacks.local import BATCHES, Change, Rows, windows_of
 from robench.attacks.network import Network
 from robench.attacks.noise import quick_uniform, words
 from robench.attacks.objectives import cw_margin
@@ -29,7 +29,6 @@ _TINY = 1e-12
 # improvement is as likely as that suggests, at most 1 look of 4 is in vain (measured: 1 of 23).
 _PATIENCE = 2
 _SPREAD = 64  # how many queries units may be apart: those that improve often go one by one
-_BATCHES = 16  # looks in a pass come in multiples of it, if they are more
 
 
 @ATTACKS.register(
@@ -133,11 +132,11 @@ class Square(OneStage):
         some = most.minimum(units.step.min() + _SPREAD - units.step).clamp_min(1)
         slowest = units.step.argsort(stable=True)
         more = torch.cat([(some - 1)[slowest], (most - some)[slowest]]).cumsum(0)
-        # Kernels are built, and their memory is kept, for every size of a batch: use few sizes.
-        # If in doubt a larger one, or the slowest would be held back, and all would wait for it.
+        # Few sizes: if in doubt a larger one, or the slowest would be held back, and all would
+        # wait for it.
         total, end = n + more[n - 1], n + more[-1]
-        full = torch.where(total > _BATCHES, (total + _BATCHES - 1) // _BATCHES * _BATCHES, total)
-        full = torch.where(full > end, (end // _BATCHES * _BATCHES).clamp_min(n), full)
+        full = torch.where(total > BATCHES, (total + BATCHES - 1) // BATCHES * BATCHES, total)
+        full = torch.where(full > end, (end // BATCHES * BATCHES).clamp_min(n), full)
         gained = more.minimum(full - n).diff(prepend=more.new_zeros(1))
         count = torch.ones_like(most)
         count[slowest] += gained[:n] + gained[n:]

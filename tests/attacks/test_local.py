@@ -216,6 +216,24 @@ def test_the_memory_is_bounded(monkeypatch):
     assert 0 < local._most < 20
 
 
+def test_batches_of_mixed_squares_come_in_few_sizes(always, monkeypatch):
+    """Every size of a batch has kernels of its own, whose memory is kept."""
+    torch.manual_seed(0)
+    net = random_net(1, (3, 3), (1, 1), False, False)
+    local = Local(net, torch.rand(1, 1, 9, 9, dtype=torch.float64))
+    seen, conv = set(), F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, *args: (seen.add(len(x)), conv(x, *args))[1])
+    for small in range(10, 38):
+        sizes = torch.tensor([2] * small + [0] * (47 - small))[torch.randperm(47)]
+        base, keys = torch.rand(47, 1, 9, 9, dtype=torch.float64), torch.arange(47)
+        proposal, top, left = proposals(base, sizes)
+        seen.clear()
+        got = local.logits(change(keys, torch.full_like(keys, 2 * small), top, left, sizes),
+                           Known(proposal, base, top, left))
+        assert max(seen) > 16 and all(n <= 16 or n % 16 == 0 for n in seen)
+        torch.testing.assert_close(got, net(proposal))
+
+
 def test_it_is_used_where_it_pays(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     net = fx.symbolic_trace(
