@@ -234,9 +234,9 @@ class Local:
         if last is not None and taken:
             self._commit(plan, taken, last)
         if stale:
-            places, fresh = torch.tensor(stale).unbind(1)
-            for some, those in zip(*(torch.split(t, _FILLED) for t in (places, fresh)), strict=True):
-                self._fill(plan, some, proposals.known(those))
+            for some in torch.split(torch.tensor(stale), _FILLED):
+                places, fresh = some.unbind(1)
+                self._fill(plan, places, proposals.known(fresh))
 
     def _commit(self, plan: Plan, taken: list[tuple[int, int]], last: _Look) -> None:
         """Take over squares of the last call: (place, row there)."""
