@@ -37,13 +37,12 @@ def fused(model: fx.GraphModule, sample: Tensor) -> fx.GraphModule:
         conv = _module(model, node, nn.Conv2d)
         if conv is None or not _fits(conv) or _calls(model, node) > 1:
             continue
-        last, other = _added(node)
-        relu = _followed(model, last)
-        if relu is not None:
-            last = relu
+        total, other = _added(node)
+        relu = _followed(model, total)
         shape = node.args[0].meta["tensor_meta"].shape
         model.set_submodule(str(node.target), Fused(conv, shape[2:], relu is not None))
-        _replace(model, node, last, other)
+        chain = dict.fromkeys(part for part in (node, total, relu) if part is not None)
+        _replace(model, list(chain), other)
     _share(model)
     model.recompile()
     model.delete_all_unused_submodules()
@@ -132,17 +131,16 @@ class Fused(nn.Conv2d):
         *, into: bool = False,
     ) -> Tensor:
         """Without a gradient, with another padding if need be, and into `other` if allowed."""
-        how, relu = self._how(padding or self._around), "relu" if self.relu else "none"
+        how, relu = self._how(padding or self._around), "relu" if self.relu else None
         call = torch.ops.mkldnn._convolution_pointwise
-        if other is not None and into:
-            made: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
-                other, x, self._packed, self.bias, *how, "add", None,
-                "relu" if self.relu else None, [], None)
-        elif other is None:
-            made = call(x, self._packed, self.bias, *how, relu, [], "")
+        if other is None:
+            made: Tensor = call(x, self._packed, self.bias, *how, relu or "none", [], "")
+        elif into:
+            made = torch.ops.mkldnn._convolution_pointwise_.binary(
+                other, x, self._packed, self.bias, *how, "add", None, relu, [], None)
         elif x.dtype == torch.bfloat16:
-            made = call.binary(x, other, self._packed, self.bias, *how, "add", None,
-                               "relu" if self.relu else None, [], None)
+            made = call.binary(
+                x, other, self._packed, self.bias, *how, "add", None, relu, [], None)
         else:  # in float32 the kernel's own addition is slower than two passes in place
             made = call(x, self._packed, self.bias, *how, "none", [], "").add_(other)
             if self.relu:
@@ -314,16 +312,13 @@ def _calls(model: fx.GraphModule, node: fx.Node) -> int:
     return sum(1 for n in model.graph.nodes if n.op == "call_module" and n.target == node.target)
 
 
-def _replace(
-    model: fx.GraphModule, conv: fx.Node, last: fx.Node, other: fx.Node | None
-) -> None:
-    """One call in the place of the last one of those that it replaces."""
+def _replace(model: fx.GraphModule, chain: Sequence[fx.Node], other: fx.Node | None) -> None:
+    """One call in the place of the last of those that it replaces; the first is the convolution."""
+    conv, last = chain[0], chain[-1]
     with model.graph.inserting_before(last):
         arguments = (conv.args[0],) if other is None else (conv.args[0], other)
         made = model.graph.call_module(str(conv.target), arguments)
         made.meta = dict(last.meta)
     last.replace_all_uses_with(made)
-    model.graph.erase_node(last)
-    for node in reversed(list(model.graph.nodes)):
-        if not node.users and node.op in ("call_function", "call_module") and node is not made:
-            model.graph.erase_node(node)
+    for node in reversed(chain):
+        model.graph.erase_node(node)

@@ -142,7 +142,7 @@ class Local:
             batch = rows + rows[-1:] * missing
             pick = slice(None) if len(groups) == 1 else torch.tensor(batch)
             plan = self._plan(s)
-            if s == 0 or plan is None:
+            if plan is None:
                 logits = self._dense_logits(proposals.images(pick))
             else:
                 places = [slots[row] for row in batch]
@@ -221,22 +221,27 @@ class Local:
         """Make the places `slots` hold the maps of the known images of these rows."""
         stale: list[tuple[int, int]] = []  # (place, row)
         taken: list[tuple[int, int]] = []  # (place, row of the last call)
+        holds: dict[int, int] = {}  # place -> version
         for row, slot in zip(rows, slots, strict=True):
             version, known = versions[row], self._sizes[slot] == plan.size
-            if known and self._versions[slot] == version:
+            if slot in holds or known and self._versions[slot] == version:
                 continue
             before = last.row.get((slot, version)) if known and last is not None else None
             if before is None:
                 stale.append((slot, row))
             else:
                 taken.append((slot, before))
-            self._sizes[slot], self._versions[slot] = plan.size, version
+            holds[slot] = version
+        for slot in holds:  # half of a map is none, should memory run out
+            self._sizes[slot] = 0
         if last is not None and taken:
             self._commit(plan, taken, last)
         if stale:
             for some in torch.split(torch.tensor(stale), _FILLED):
                 places, fresh = some.unbind(1)
                 self._fill(plan, places, proposals.known(fresh))
+        for slot, version in holds.items():
+            self._sizes[slot], self._versions[slot] = plan.size, version
 
     def _commit(self, plan: Plan, taken: list[tuple[int, int]], last: _Look) -> None:
         """Take over squares of the last call: (place, row there)."""

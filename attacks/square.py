@@ -134,9 +134,9 @@ class Square(OneStage):
         more = torch.cat([(some - 1)[slowest], (most - some)[slowest]]).cumsum(0)
         # Few sizes: if in doubt a larger one, or the slowest would be held back, and all would
         # wait for it.
-        total, end = n + more[n - 1], n + more[-1]
+        total, every = n + more[n - 1], n + more[-1]
         full = torch.where(total > BATCHES, (total + BATCHES - 1) // BATCHES * BATCHES, total)
-        full = torch.where(full > end, (end // BATCHES * BATCHES).clamp_min(n), full)
+        full = torch.where(full > every, (every // BATCHES * BATCHES).clamp_min(n), full)
         gained = more.minimum(full - n).diff(prepend=more.new_zeros(1))
         count = torch.ones_like(most)
         count[slowest] += gained[:n] + gained[n:]

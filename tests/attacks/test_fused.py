@@ -120,12 +120,19 @@ class Blocks(nn.Module):
 # Two shortcuts of one map, and a third reader.
 @example([(0, 0, 3, 1, True, False)] + [(1, 0, 1, 2, False, False)] * 2
          + [(1, 0, 3, 2, False, False)], 0)
+# A sum that is read again behind the convolution which adds it.
+@example([(0, 0, 3, 1, False, False), (1, 0, 3, 1, False, True), (0, 0, 3, 1, False, False)], 0)
+# A shortcut beside an addition that hands its gradient on.
+@example([(0, 0, 3, 1, True, False), (0, 0, 3, 1, False, False), (2, 0, 1, 2, False, False),
+          (0, 2, 3, 1, False, True), (4, 1, 0, 1, False, True), (5, 0, 3, 1, False, False)], 0)
+# A map that is read under another name, too.
+@example([(0, 0, 3, 1, True, False), (0, 0, 0, 1, False, False), (1, 0, 3, 1, False, True),
+          (2, 0, 3, 1, False, False)], 0)
 def test_any_network_of_blocks_is_the_same(ways, seed):
     """What layers write in place is read by nobody, in any order of use."""
     torch.manual_seed(seed)
     plain = fx.symbolic_trace(Blocks(ways).eval().requires_grad_(False))
     plain = plain.to(memory_format=torch.channels_last)
-    # Smaller batches go to kernels that copy everything.
     x = torch.rand(24, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     made = fused(copy.deepcopy(plain), x)
     before, steep = x.clone(), forked(made)
@@ -139,6 +146,39 @@ def test_any_network_of_blocks_is_the_same(ways, seed):
                 *(torch.autograd.grad(logits[:, k].sum(), images, retain_graph=True)[0]
                   for logits in (ours, theirs)), rtol=1e-3, atol=1e-6)
     assert torch.equal(x, before)
+
+
+@kernels
+def test_sums_and_gradients_are_written_in_place():
+    net = build_model("small-resnet", classes=10, channels=3, size=32, normalize="cifar10")
+    made = fused(folded(net.eval().requires_grad_(False))[0], torch.rand(8, 3, 32, 32))
+    layers = {name.partition("network.")[2]: layer for name, layer in made.named_modules()
+              if isinstance(layer, Fused)}
+    sums = {"layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2"}
+    assert {name for name, layer in layers.items() if layer.spare_unless_kept} == sums
+    # The shortcut of the first block is the map that its own convolutions keep.
+    assert {name for name, layer in layers.items() if layer.spare} == sums - {"layer1.0.conv2"}
+    # What follows the last one is a mean.
+    assert [name for name, layer in layers.items() if not layer.spare_gradient] == [
+        "layer3.0.conv2"]
+
+
+@kernels
+def test_what_nobody_reads_keeps_nothing_from_being_fused():
+    class Auxiliary(Every):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            logits = super().forward(x)
+            F.relu(self.head(x))
+            return logits
+
+    plain = fx.symbolic_trace(Auxiliary().eval().requires_grad_(False))
+    made = fused(copy.deepcopy(plain), X)
+    assert isinstance(made.stem, Fused) and isinstance(made.skip, Fused)
+    torch.testing.assert_close(made(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
 @kernels

@@ -206,6 +206,34 @@ def test_only_the_windows_are_computed(always, monkeypatch):
     assert filled == [3]
 
 
+def test_memory_that_runs_out_leaves_nothing_half_known(always, monkeypatch):
+    torch.manual_seed(0)
+    net = random_net(1, (3, 3), (1, 1), False, False)
+    local = Local(net, torch.rand(1, 1, 9, 9, dtype=torch.float64))
+    sizes, fill, calls = torch.full((12,), 2), Local._fill, []
+
+    def look(base, version, rows):
+        proposal, top, left = proposals(base[rows], sizes[rows])
+        named = change(rows, torch.full_like(rows, version), top, left, sizes[rows])
+        got = local.logits(named, Known(proposal, base[rows], top, left))
+        torch.testing.assert_close(got, net(proposal))
+
+    def fails(self, plan, places, base):
+        calls.append(len(places))
+        if len(calls) == 2:
+            raise RuntimeError("can't allocate memory")
+        fill(self, plan, places, base)
+
+    look(torch.rand(12, 1, 9, 9, dtype=torch.float64), 0, torch.arange(12))
+    others = torch.rand(12, 1, 9, 9, dtype=torch.float64)
+    monkeypatch.setattr(Local, "_fill", fails)
+    with pytest.raises(RuntimeError, match="allocate"):
+        look(others, 10, torch.arange(12))
+    for rows in (torch.arange(6, 12), torch.arange(12)):
+        look(others, 10, rows)
+    assert calls[:2] == [8, 4]
+
+
 def test_the_memory_is_bounded(monkeypatch):
     torch.manual_seed(0)
     net = random_net(1, (3,), (1,), False, False)
