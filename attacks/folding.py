@@ -23,9 +23,7 @@ def folded(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
     Raises whatever torch.fx raises on control flow that it cannot trace.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    traced = _traced(copy.deepcopy(model).eval())
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     folds: dict[str, str] = {}
     for node in list(traced.graph.nodes):
@@ -44,6 +42,23 @@ def folded(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
             traced.graph.erase_node(node)
     traced.recompile()
     return traced, folds
+
+
+def loose(model: fx.GraphModule) -> fx.GraphModule:
+    """The network itself, which its graph no longer holds: it goes with its last user, not when
+    the garbage collector comes."""
+    model.graph.owning_module = None
+    return model
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    tracer = fx.Tracer()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return loose(fx.GraphModule(model, tracer.trace(model)))
+    finally:  # it holds itself, and with it all weights
+        vars(tracer).clear()
 
 
 class Float32Linear(nn.Linear):

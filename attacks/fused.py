@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from robench.attacks.folding import loose
+
 _ADD = {operator.add, operator.iadd, torch.add}
 _RELU = {F.relu, torch.relu}
 _BATCH = 32  # the weights' layout is chosen for such batches
@@ -56,7 +58,7 @@ def forked(model: fx.GraphModule) -> fx.GraphModule:
     of its input, and its gradient there is added to what the input's other readers give: no map
     is filled with zeros, and none is added.
     """
-    made = fx.GraphModule(model, copy.deepcopy(model.graph))
+    made = loose(fx.GraphModule(model, copy.deepcopy(model.graph)))
     nodes, layers = list(made.graph.nodes), _layers(made)
     for node, layer in layers.items():
         if len(node.args) > 1 or not _strided_pixel(layer):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from robench.attacks.folding import loose
 from robench.attacks.fused import Fused
 from robench.attacks.spans import Span, Window
 
@@ -322,7 +323,7 @@ def _module(model: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     module = fx.GraphModule(model, graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return module
+    return loose(module)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

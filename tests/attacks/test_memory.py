@@ -1,5 +1,6 @@
 """A network that takes few images at a time: the same verdicts, and a note."""
 
+import gc
 import weakref
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 
 import robench
-from robench.attacks.base import ATTACKS
+from robench.attacks.base import ATTACKS, make_attack
 from robench.attacks.memory import Batches, out_of_memory
+from robench.attacks.search import Search
+from robench.attacks.threat import ThreatModel
+from robench.benchmark.models import build_model
 from robench.errors import RobenchError
 from robench.registry import Entry
 
@@ -137,3 +141,30 @@ def test_batches_pass_other_errors_and_empty_tensors_on():
     assert (batches.size, batches.halved) == (4, False)
     with pytest.raises(ZeroDivisionError):
         batches(lambda x: 1 // 0, torch.arange(6))
+
+
+@pytest.mark.parametrize(("attack", "options"), [
+    ("pgd", {"steps": 2}), ("square", {"queries": 30, "p_init": 0.01})])
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_a_search_leaves_nothing_behind(attack, options, precision):
+    """Not even until the garbage collector comes: copies of large networks would pile up."""
+    torch.manual_seed(0)
+    net = build_model("small-resnet", classes=10, channels=3, size=32, normalize="cifar10").eval()
+    x = torch.rand(8, 3, 32, 32)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    made = make_attack(attack, ThreatModel("Linf", 0.001), precision=precision, **options)
+
+    def tensors():
+        return sum(type(held) in (torch.Tensor, nn.Parameter) for held in gc.get_objects())
+
+    Search(made, net, x, y, seed=0).run()  # what is kept for all searches is kept now
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        found = Search(made, net, x, y, seed=0).run()
+        del found
+        assert tensors() == before
+    finally:
+        gc.enable()
