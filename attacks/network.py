@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, cast, get_args
 
 import torch
@@ -57,11 +57,11 @@ class Network:
         self._micro = precision == "ieee"
         self._dtype: torch.dtype | None = torch.bfloat16 if precision == "bf16" else None
         if isinstance(model, nn.Module) and precision != "ieee":
-            try:
+            prepared = None
+            with suppress(_Unlike):  # and let go of what it holds
                 prepared = _prepared(model, self._dtype, sample, fuse=True)
-            except _Unlike:
-                prepared = _prepared(model, self._dtype, sample, fuse=False)
-            self._model, self._steep, self.prepared = prepared
+            self._model, self._steep, self.prepared = prepared or _prepared(
+                model, self._dtype, sample, fuse=False)
         elif not isinstance(model, nn.Module):
             self._dtype = None
         # Windows only in a copy of our own making, which is deterministic and no `ieee` network.
